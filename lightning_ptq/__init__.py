@@ -1,0 +1,24 @@
+"""Post-training quantization of vision networks as a LightningModule."""
+
+from lightning_ptq.config import QuantConfig
+from lightning_ptq.datamodule import CalibrationDataModule, CIFAR10Data, DigitsData, ImageFolderData
+from lightning_ptq.errors import PTQError
+from lightning_ptq.losses import ContrastiveConfig, Term, UnitBatch
+from lightning_ptq.methods import Method
+from lightning_ptq.module import PTQModule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CIFAR10Data",
+    "CalibrationDataModule",
+    "ContrastiveConfig",
+    "DigitsData",
+    "ImageFolderData",
+    "Method",
+    "PTQError",
+    "PTQModule",
+    "QuantConfig",
+    "Term",
+    "UnitBatch",
+]

@@ -1,0 +1,134 @@
+"""Activation caches: what unit k reads and should give, for every calibration image, advanced unit by unit.
+
+Each unit is run once over the images for each advance; the units before it are never run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_ptq.errors import PTQError
+from lightning_ptq.graph.units import Chain
+
+# Images per forward pass where no gradient is needed.
+CHUNK = 64
+
+
+def run_chunked(function: Callable[[Tensor], Tensor], x: Tensor, device: torch.device) -> Tensor:
+    """`function` over all images of `x` (N, ...), CHUNK at a time on `device`; the result lies where `x` lies.
+
+    Runs under `no_grad`, not `inference_mode`: calibration takes gradients through operations on the result.
+    """
+    result: Tensor | None = None
+    with torch.no_grad():
+        for start in range(0, len(x), CHUNK):
+            part = function(x[start : start + CHUNK].to(device, non_blocking=True))
+            if result is None:
+                result = torch.empty((len(x), *part.shape[1:]), dtype=part.dtype, device=x.device)
+            result[start : start + CHUNK] = part
+    assert result is not None
+    return result
+
+
+class Minibatch(NamedTuple):
+    """What one step reads: rows `index` of the caches, on the compute device; all (B, ...)."""
+
+    student_in: Tensor
+    teacher_in: Tensor
+    teacher_out: Tensor
+    features: Tensor
+    index: Tensor
+
+
+class UnitCache:
+    """Caches of the unit that is being calibrated.
+
+    Args:
+        teacher, student: the two chains.
+        images: this process's calibration images (N, C, H, W).
+        device: where units run.
+        on_device: keep the caches there too, else in host memory.
+    """
+
+    def __init__(self, teacher: Chain, student: Chain, images: Tensor, device: torch.device, on_device: bool) -> None:
+        self.teacher, self.student, self.device = teacher, student, device
+        self.unit = 0
+        self.teacher_in = images.to(device) if on_device else images
+        self.student_in = self.teacher_in
+        # The tail of the teacher's own activations is the teacher's output, whatever the unit: computed once.
+        self.features = self._run(lambda x: teacher(x), self.teacher_in, "the whole network")
+        self.teacher_out = self._run(teacher.units[0], self.teacher_in, teacher.names[0])
+
+    def __len__(self) -> int:
+        return len(self.teacher_in)
+
+    def minibatch(self, index: Tensor) -> Minibatch:
+        """Rows `index` (B,) of the caches."""
+        index = index.to(self.teacher_in.device)
+        rows = (t.index_select(0, index) for t in (self.student_in, self.teacher_in, self.teacher_out, self.features))
+        return Minibatch(*(row.to(self.device, non_blocking=True) for row in rows), index=index)
+
+    def student_out(self, count: int | None = None) -> Tensor:
+        """The student unit's output for the first `count` images, as quantized now."""
+        unit = self.student.units[self.unit]
+        return self._run(unit, self.student_in[:count], self.student.names[self.unit])
+
+    def advance(self, student_out: Tensor) -> None:
+        """Go to the next unit, whose student input is `student_out`."""
+        self.unit += 1
+        # The old input goes before the new output comes: never more than three activations are held.
+        self.teacher_in, self.student_in = self.teacher_out, student_out
+        self.teacher_out = self._run(
+            self.teacher.units[self.unit], self.teacher_in, self.teacher.names[self.unit]
+        )
+
+    def _run(self, function: Callable[[Tensor], Tensor], x: Tensor, name: str) -> Tensor:
+        out = run_chunked(function, x, self.device)
+        if not bool(torch.isfinite(out.sum())):
+            raise PTQError(
+                f"unit {name!r} gives NaN or infinite activations. Check the calibration images and the model's "
+                "weights; a layer that overflows can be kept out with `leaf_modules`."
+            )
+        return out
+
+
+def fits_on_device(teacher: Chain, images: Tensor, device: torch.device) -> bool:
+    """Whether the largest caches that calibration will hold take at most half of the device's free memory."""
+    if device.type != "cuda":
+        return True  # host memory either way
+    sizes = [images[0].numel()]
+    with torch.no_grad():
+        x = images[:1].to(device)
+        for unit in teacher.units:
+            x = unit(x)
+            sizes.append(x.numel())
+    # Teacher and student input and teacher output of one unit, and the output that becomes the next input.
+    largest = max(2 * (a + b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+    free, _ = torch.cuda.mem_get_info(device)
+    return largest * len(images) * 4 <= free // 2
+
+
+def sample_index(total: int, size: int, generator: torch.Generator) -> Tensor:
+    """`size` different rows out of `total`, (size,): a repeated image would be a false negative."""
+    return torch.randperm(total, generator=generator)[:size]
+
+
+def chunks(x: Tensor, size: int = CHUNK) -> Iterator[Tensor]:
+    """Slices of at most `size` rows."""
+    for start in range(0, len(x), size):
+        yield x[start : start + size]
+
+
+def mixed_seed(*parts: int) -> int:
+    """One 63-bit seed from several integers (SplitMix64 finaliser): near seeds give unrelated streams."""
+    state = 0
+    for part in parts:
+        state = (state + part + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state & 0x7FFFFFFFFFFFFFFF

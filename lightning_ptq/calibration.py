@@ -1,0 +1,144 @@
+"""The steps around a unit's optimisation that are not optimisation: ranges before, judgement and report after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ptq.cache import UnitCache, chunks
+from lightning_ptq.config import QuantConfig
+from lightning_ptq.errors import PTQError
+from lightning_ptq.graph.units import Chain
+from lightning_ptq.layers import quantized_layers
+from lightning_ptq.losses.reconstruction import reconstruction_loss
+from lightning_ptq.metrics import mi_lower_bound, sqnr_db
+from lightning_ptq.quantizers import ActQuantizer, act_quantizers, float_mode, initial_ranges, scales_are_finite
+from lightning_ptq.ranges import Histogram, weight_qparams
+
+# Images that ranges are estimated from, as in QDrop's code.
+RANGE_IMAGES = 256
+# Images that judge a unit and measure its mutual information (which is at most the logarithm of their number).
+JUDGE_IMAGES = 256
+
+Gather = Callable[[Tensor], Iterable[Tensor]]
+
+
+@dataclass(frozen=True)
+class UnitReport:
+    """What calibration did to one unit; `mse` is the reconstruction loss, before calibration and after."""
+
+    name: str
+    mse_before: float
+    mse_after: float
+    sqnr_db: float
+    mi_lower_bound_nats: float
+    flipped_fraction: float
+    accepted: bool
+    seconds: float
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values only."""
+        return asdict(self)
+
+
+def estimate_ranges(student: Chain, images: Tensor, config: QuantConfig, device: torch.device, gather: Gather) -> None:
+    """Give every quantizer of `student` its starting range.
+
+    Weights are searched on their own values; activations in one pass of the float network over `images` (N, C, H, W).
+
+    Args:
+        gather: tensor -> that tensor of every process, so that all processes get the same ranges.
+
+    Raises:
+        PTQError: NaN or infinite activations, naming the unit, or images the network can't take.
+    """
+    for _, layer in quantized_layers(student):
+        q = layer.weight_quantizer
+        per_channel = q.scale.numel() > 1 or q.per_channel
+        q.set_range(layer.weight, *weight_qparams(layer.weight, config.weight_range, q.bits, q.symmetric, per_channel))
+    quantizers = act_quantizers(student)
+    histograms = {q: Histogram() for q in quantizers}
+    hooks = [q.register_forward_pre_hook(partial(_observe, histograms)) for q in quantizers]
+    try:
+        with float_mode(student), torch.no_grad():
+            for x in chunks(images):
+                x = x.to(device)
+                for name, unit in zip(student.names, student.units, strict=True):
+                    x = _run_unit(unit, x, name)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    states = torch.stack([histograms[q].state() for q in quantizers]).to(device)  # (Q, 4 + bins)
+    merged = [Histogram() for _ in quantizers]
+    for process in gather(states):
+        for histogram, state in zip(merged, process, strict=True):
+            histogram.merge(Histogram.from_state(state))
+    for q, histogram in zip(quantizers, merged, strict=True):
+        q.set_range(*histogram.qparams(config.act_range, q.bits, q.symmetric))
+
+
+def _observe(histograms: dict[ActQuantizer, Histogram], quantizer: nn.Module, args: tuple[Tensor, ...]) -> None:
+    assert isinstance(quantizer, ActQuantizer)
+    histograms[quantizer].update(args[0])
+
+
+def _run_unit(unit: nn.Module, x: Tensor, name: str) -> Tensor:
+    try:
+        return unit(x)  # type: ignore[no-any-return]
+    except PTQError as error:
+        raise PTQError(
+            f"unit {name!r}: the float network gives {error}. Check the calibration images and the model's weights."
+        ) from None
+    except RuntimeError as error:
+        raise PTQError(
+            f"unit {name!r} can't take an input of shape {tuple(x.shape)}: {error}. "
+            "Check the calibration images' size and channels (data.resize, data.crop)."
+        ) from error
+
+
+def finish_unit(cache: UnitCache, mean: Callable[[Tensor], Tensor], seconds: float) -> tuple[UnitReport, Tensor]:
+    """Judge the cache's unit, roll it back where calibration did harm, and say what happened.
+
+    Args:
+        mean: averages a tensor over processes, so that all of them decide alike.
+
+    Returns:
+        (report, the unit's final output for all cached images).
+    """
+    unit, name = cache.student.units[cache.unit], cache.student.names[cache.unit]
+    target = cache.teacher_out[:JUDGE_IMAGES]
+    with initial_ranges(unit):
+        before = reconstruction_loss(cache.student_out(JUDGE_IMAGES), target)
+    out = cache.student_out()
+    after = reconstruction_loss(out[:JUDGE_IMAGES], target)
+    before, after = mean(torch.stack([before, after])).tolist()
+    # Not `after > before`: a NaN must be rejected too.
+    accepted = after <= before and scales_are_finite(unit)
+    if not accepted:
+        restore_initial(unit)
+        out = cache.student_out()
+    weights = sum(layer.weight.numel() for _, layer in quantized_layers(unit))
+    flipped = sum(layer.weight_quantizer.flipped(layer.weight) for _, layer in quantized_layers(unit))
+    report = UnitReport(
+        name=name,
+        mse_before=before,
+        mse_after=after,
+        sqnr_db=sqnr_db(out[:JUDGE_IMAGES], target),
+        mi_lower_bound_nats=mi_lower_bound(out[:JUDGE_IMAGES], target),
+        flipped_fraction=flipped / max(weights, 1),
+        accepted=accepted,
+        seconds=seconds,
+    )
+    return report, out
+
+
+def restore_initial(unit: nn.Module) -> None:
+    """Put every quantizer of `unit` back to initial scales and rounding to nearest."""
+    for act in act_quantizers(unit):
+        act.log_scale.data.copy_(act.initial_log_scale)
+    for _, layer in quantized_layers(unit):
+        layer.weight_quantizer.reset_rounding(layer.weight)

@@ -1,0 +1,188 @@
+"""What a fit shows and leaves behind: progress by unit, a checkpoint for every unit, the summary and its table."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar, TQDMProgressBar
+
+from lightning_ptq.checks import check_run_folder, run_folder
+
+if TYPE_CHECKING:
+    from lightning_ptq.module import PTQModule
+
+# Steps after which a unit is long enough to be worth checkpoints in its middle.
+_LONG_UNIT = 1000
+
+
+def unit_title(trainer: L.Trainer) -> str:
+    """ "unit k/K name" of the epoch in progress."""
+    names = trainer.lightning_module.student.names  # type: ignore[union-attr]
+    unit = min(trainer.current_epoch, len(names) - 1)  # type: ignore[arg-type]
+    return f"unit {unit + 1}/{len(names)} {names[unit]}"  # type: ignore[index,arg-type]
+
+
+class UnitRichBar(RichProgressBar):
+    """Lightning's rich bar with units in the place of epochs."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return unit_title(self.trainer)
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """The loss terms; the version number says nothing here."""
+        return {key: value for key, value in super().get_metrics(trainer, pl_module).items() if key != "v_num"}
+
+
+class UnitTQDMBar(TQDMProgressBar):
+    """Lightning's tqdm bar with units in the place of epochs."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description(unit_title(trainer))
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """The loss terms; the version number says nothing here."""
+        return {key: value for key, value in super().get_metrics(trainer, pl_module).items() if key != "v_num"}
+
+
+class UnitCheckpoint(ModelCheckpoint):
+    """A checkpoint after every unit, after it was judged; `last.ckpt` is the newest one.
+
+    Only the newest is kept: a later unit never changes an earlier one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            filename="unit", save_last=True, every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False
+        )
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """A checkpoint every thousand steps, for units that take long."""
+
+    def __init__(self) -> None:
+        super().__init__(filename="step", every_n_train_steps=_LONG_UNIT, enable_version_counter=False)
+
+
+class RunSummary(Callback):
+    """Writes `summary.json` to the run folder and prints the table teacher / nearest / calibrated."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a folder that holds another run."""
+        if stage == "fit":
+            check_run_folder(trainer)
+            self._start = time.monotonic()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write and print; rank 0 only."""
+        folder = run_folder(trainer)
+        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+            return
+        module: PTQModule = pl_module  # type: ignore[assignment]
+        module.wall_seconds["total"] += time.monotonic() - self._start
+        summary = summarize(module, trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "summary.json", summary)
+        print(table(summary), f"\nsummary: {folder / 'summary.json'}", flush=True)
+
+
+def summarize(module: PTQModule, trainer: L.Trainer) -> dict[str, Any]:
+    """The content of `summary.json`."""
+    metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    samples = trainer.datamodule.calibration_samples  # type: ignore[attr-defined]
+    return {
+        "model": module.model_name,
+        "method": module.method_name,
+        "contrastive": module.contrastive,
+        "weight_bits": module.quant.weight_bits,
+        "act_bits": module.quant.act_bits,
+        "edges": module.quant.edges,
+        "placement": module.quant.placement,
+        "granularity": module.method.granularity,
+        "seed": module.seed,
+        "calibration_samples": samples if module.calibration_count is None else module.calibration_count,
+        "steps_per_unit": module.steps_per_unit,
+        **{key: metrics.get(key) for key in ("teacher_top1", "nearest_top1", "student_top1")},
+        "teacher_agreement": metrics.get("student_agreement"),
+        "nearest_agreement": metrics.get("nearest_agreement"),
+        "wall_seconds": {key: round(value, 3) for key, value in module.wall_seconds.items()},
+        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_device_bytes": torch.cuda.max_memory_allocated(module.device) if module.device.type == "cuda" else 0,
+        "units": [report.to_dict() for report in module.reports],
+    }
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The result as text: one row each for teacher, round-to-nearest and calibrated student."""
+
+    def cell(value: float | None) -> str:
+        return f"{value:9.2f}" if value is not None else "        -"
+
+    bits = f"W{summary['weight_bits']}A{summary['act_bits']}"
+    rows = [
+        ("teacher, float32", summary["teacher_top1"], 100.0 if summary["teacher_agreement"] is not None else None),
+        (f"nearest, {bits}", summary["nearest_top1"], summary["nearest_agreement"]),
+        (f"{summary['method']}{' + contrastive' if summary['contrastive'] else ''}, {bits}", summary["student_top1"],
+         summary["teacher_agreement"]),
+    ]  # fmt: skip
+    width = max(len(name) for name, *_ in rows)
+    lines = [f"{'':{width}} {'top-1 %':>9} {'agreement with the teacher %':>30}"]
+    lines += [f"{name:{width}} {cell(top1)} {cell(agreement):>30}" for name, top1, agreement in rows]
+    rolled_back = [unit["name"] for unit in summary["units"] if not unit["accepted"]]
+    if rolled_back:
+        lines.append(f"rolled back to nearest, since calibration made them worse: {', '.join(rolled_back)}")
+    return "\n".join(["", *lines])
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write to a temporary file, flush, rename: a reader never sees half a file."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def model_callbacks(trainer: L.Trainer, module: PTQModule) -> list[Callback]:
+    """Callbacks that the module brings; what the user configured stays.
+
+    A bar or checkpoint callback takes the place of Lightning's default one because it is its subclass.
+    """
+    callbacks: list[Callback] = [RunSummary()]
+    bar = trainer.progress_bar_callback
+    if type(bar) is RichProgressBar:
+        callbacks.append(UnitRichBar())
+    elif type(bar) is TQDMProgressBar:
+        callbacks.append(UnitTQDMBar(refresh_rate=bar.refresh_rate))
+    if any(_is_default(c) for c in trainer.checkpoint_callbacks):
+        callbacks.append(UnitCheckpoint())
+        if module.steps_per_unit > _LONG_UNIT:
+            callbacks.append(StepCheckpoint())
+    return callbacks
+
+
+def _is_default(callback: Callback) -> bool:
+    """Whether this is the checkpoint callback that Lightning adds by itself."""
+    return type(callback) is ModelCheckpoint and (
+        callback.dirpath is None
+        and callback.filename is None
+        and callback.monitor is None
+        and callback._every_n_train_steps == 0
+        and not callback.save_last
+    )

@@ -1,0 +1,83 @@
+"""Refusals that need a Trainer or the calibration images, made before any long work starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+
+from lightning_ptq.errors import PTQError
+
+_SHARDING: tuple[tuple[str, type[Strategy]], ...] = (
+    ("fsdp", FSDPStrategy),
+    ("deepspeed", DeepSpeedStrategy),
+    ("model_parallel", ModelParallelStrategy),
+)
+_PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+
+
+def check_settings(**values: float | None) -> None:
+    """Raise `PTQError` for a count below 1 or a negative rate or weight; None passes."""
+    for name, value in values.items():
+        if value is None:
+            continue
+        if isinstance(value, int) and not isinstance(value, bool) and name in ("steps_per_unit", "batch_size"):
+            if value < 1:
+                raise PTQError(f"{name}={value} is too small. Use 1 or more.")
+        elif not 0 <= value < float("inf"):
+            raise PTQError(f"{name}={value} must be a finite number that is not negative.")
+
+
+def check_trainer(trainer: L.Trainer) -> None:
+    """Raise `PTQError` for a Trainer that can't calibrate."""
+    for name, strategy in _SHARDING:
+        if isinstance(trainer.strategy, strategy):
+            raise PTQError(
+                f"strategy={name!r} shards parameters; calibration needs whole units. Use 'ddp' or one device."
+            )
+    if isinstance(trainer.strategy, DDPStrategy) and trainer.strategy._ddp_kwargs.get("static_graph"):
+        raise PTQError("static_graph=True fixes the set of trained parameters; it changes with every unit. Leave it out.")
+    if trainer.precision not in _PRECISIONS:
+        raise PTQError(
+            f"precision={trainer.precision!r} would round the scales themselves. Use one of {', '.join(_PRECISIONS)}."
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+            raise PTQError(
+                f"{type(callback).__name__} averages parameters over steps; rounding must end at 0 or 1. Leave it out."
+            )
+    if not hasattr(trainer.datamodule, "calibration_images"):  # type: ignore[attr-defined]
+        raise PTQError(
+            "fit got an image loader or a plain datamodule; calibration draws its own batches from caches. Pass "
+            "datamodule=CalibrationDataModule.from_loaders(calib_loader, val_loader), or .wrap(datamodule)."
+        )
+
+
+def check_batch(images: int, batch_size: int, world_size: int) -> None:
+    """Raise `PTQError` if a process has fewer images than a batch needs."""
+    if images < batch_size:
+        raise PTQError(
+            f"batch_size={batch_size} needs that many different images, but there are {images} calibration images"
+            + (f" on each of {world_size} processes" if world_size > 1 else "")
+            + ". Add images (data.calibration_samples) or lower model.batch_size."
+        )
+
+
+def run_folder(trainer: L.Trainer) -> Path:
+    """Where a fit leaves what it makes. A collective call: every process must make it."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def check_run_folder(trainer: L.Trainer) -> None:
+    """Raise `PTQError` if the run folder already holds a run and this is not its continuation."""
+    folder = run_folder(trainer)
+    if trainer.ckpt_path or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    for name in ("summary.json", "checkpoints"):
+        if (folder / name).exists():
+            raise PTQError(
+                f"the run folder {str(folder)!r} already holds a run ({name}). Choose another "
+                "trainer.default_root_dir, or continue that run with ckpt_path."
+            )

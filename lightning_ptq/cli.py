@@ -1,0 +1,141 @@
+"""The command line: `lightning-ptq fit|validate|test|predict|plan`."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
+from torch import nn
+
+from lightning_ptq.checks import check_run_folder
+from lightning_ptq.datamodule import CalibrationDataModule
+from lightning_ptq.errors import PTQError
+from lightning_ptq.module import PTQModule
+from lightning_ptq.plan import plan_text
+
+
+def build_module(model: nn.Module | str, weights: str | None = None, **kwargs: Any) -> PTQModule:
+    """A `PTQModule` from a model and a weights file.
+
+    Args:
+        model: a torchvision model's name ("resnet18"), the import path of a function that returns a model
+            ("my_package.net.build"), or a module class with its arguments (class_path, init_args).
+        weights: a file with the model's state dict, or the name of torchvision weights ("DEFAULT"). None leaves the
+            model as it was built.
+
+    Raises:
+        PTQError: an unknown model, or weights that do not fit it.
+    """
+    network = model if isinstance(model, nn.Module) else build_model(model, weights)
+    if weights is not None and (Path(weights).exists() or not _is_torchvision(model)):
+        load_weights(network, weights)
+    # Networks are built in training mode; from here on nobody could have meant that.
+    return PTQModule(network.eval(), **kwargs)
+
+
+def build_model(name: str, weights: str | None = None) -> nn.Module:
+    """The torchvision model `name`, with torchvision's `weights` if they are no file, or what `name` imports to."""
+    if _is_torchvision(name):
+        import torchvision
+
+        named = weights if weights is not None and not Path(weights).exists() else None
+        try:
+            return torchvision.models.get_model(name, weights=named)  # type: ignore[no-any-return]
+        except (ValueError, KeyError) as error:
+            raise PTQError(
+                f"model={name!r} with weights={weights!r}: {error}. Name a model and weights of torchvision, "
+                "a weights file that exists, or the import path of a function that returns a model."
+            ) from None
+    module, _, attribute = name.rpartition(".")
+    try:
+        network = getattr(import_module(module), attribute)()
+    except (ImportError, AttributeError) as error:
+        raise PTQError(f"model={name!r} can't be imported: {error}. Give the path of a function or class.") from None
+    if not isinstance(network, nn.Module):
+        raise PTQError(f"model={name!r} returned {type(network).__name__}, not a torch.nn.Module.")
+    return network
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Load a state dict, bare or below "state_dict" or "model", strictly and without running code from the file."""
+    if not Path(path).is_file():
+        raise PTQError(f"weights={path!r} is no file. Give a state dict saved with torch.save.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise PTQError(f"weights={path!r} can't be read: {error}. Save a plain state dict with torch.save.") from None
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        first = "; ".join(line.strip() for line in str(error).splitlines()[1:4]) or str(error)
+        raise PTQError(
+            f"weights={path!r} do not fit {type(model).__name__}: {first}. Give the file that this model was saved to."
+        ) from None
+
+
+def _is_torchvision(model: nn.Module | str) -> bool:
+    return isinstance(model, str) and "." not in model
+
+
+class Trainer(L.Trainer):
+    """Lightning's Trainer and one more subcommand."""
+
+    def plan(self, model: L.LightningModule, datamodule: CalibrationDataModule | None = None) -> None:
+        """Print each unit with its layers, bits, shapes, parameters and cache size, and what stays float. Runs nothing."""
+        assert isinstance(model, PTQModule)
+        if datamodule is None or datamodule.image_shape is None:
+            raise PTQError("plan needs the images' shape. Give the data section of the config.")
+        print(plan_text(model.chains, model.quant, datamodule.image_shape, datamodule.calibration_samples))
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes config.yaml, but never into a folder that holds another run."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check the folder first: this callback runs before every other."""
+        if stage == "fit":
+            check_run_folder(trainer)
+            super().setup(trainer, pl_module, stage)
+
+
+class PTQCLI(LightningCLI):
+    """LightningCLI with the subcommand `plan`."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Subcommands and the arguments that the command line provides itself."""
+        return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}}
+
+    def before_instantiate_classes(self) -> None:
+        """`plan` looks at shapes only: it must not download or read weights."""
+        if self.subcommand == "plan":
+            self.config.plan.model.weights = None
+
+
+def main(args: ArgsType = None) -> None:
+    """Entry point of `lightning-ptq` and `python -m lightning_ptq`; `args` stand in for the command line in tests."""
+    try:
+        PTQCLI(
+            build_module,
+            CalibrationDataModule,
+            subclass_mode_data=True,
+            trainer_class=Trainer,
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            args=args,
+        )
+    except PTQError as error:
+        if args is not None:
+            raise
+        print(f"lightning-ptq: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,1 @@
+"""A network small enough to ship: `digits.pt`, the weights that `train_digits` trains for `models.digits_net`."""

@@ -1,0 +1,39 @@
+"""What identifies a run: the model's weights, the settings and the calibration images. Resuming checks all three."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_ptq.errors import PTQError
+
+
+def model_digest(model: nn.Module) -> str:
+    """SHA-256 over the names, shapes and values of a model's state."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def data_digest(images: Tensor) -> int:
+    """Sum modulo 2**62 of a hash of every image (N, C, H, W): it depends on the set of images, not on their order."""
+    total = 0
+    for image in images:
+        total += int.from_bytes(hashlib.sha256(image.cpu().contiguous().numpy().tobytes()).digest()[:7], "little")
+    return total % 2**62
+
+
+def check_same(saved: Mapping[str, Any], live: Mapping[str, Any], what: str) -> None:
+    """Raise `PTQError` naming every setting in which a checkpoint differs from the module that loads it."""
+    different = [
+        f"{key}={saved.get(key)!r} in the checkpoint, {live.get(key)!r} here"
+        for key in sorted({*saved, *live})
+        if saved.get(key) != live.get(key)
+    ]
+    if different:
+        raise PTQError(f"the checkpoint has another {what}: {'; '.join(different)}. Use the settings of its config.yaml.")

@@ -1,0 +1,117 @@
+"""Numerics of uniform affine quantization: integer grids, fake-quantization and its gradients, rounding.
+
+A quantizer with `bits` maps a real x to the integer clamp(round(x / scale) + zero_point, qmin, qmax) and back to
+(integer - zero_point) * scale. Everything here computes in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Zeta and gamma of AdaRound's rectified sigmoid (Nagel et al. 2020, eq. 23).
+ZETA, GAMMA = 1.1, -0.1
+# Smallest scale a quantizer may have: dividing by it stays finite in float32 for any finite activation of a network.
+MIN_SCALE = 1e-8
+
+
+def integer_range(bits: int, symmetric: bool) -> tuple[int, int]:
+    """(qmin, qmax) of the grid: signed when symmetric, unsigned otherwise."""
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+
+
+def qparams(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scale and zero point whose grid covers [low, high] and contains 0 exactly.
+
+    Args:
+        low, high: ends of the real range, any equal shape.
+
+    Returns:
+        (scale, zero_point), float32 of that shape; the zero point holds integers. The scale is finite and positive
+        even for an empty range (constant zero input).
+    """
+    qmin, qmax = integer_range(bits, symmetric)
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    if symmetric:
+        scale = (torch.maximum(-low / -qmin, high / qmax)).clamp(min=MIN_SCALE)
+        return scale, torch.zeros_like(scale)
+    scale = ((high - low) / (qmax - qmin)).clamp(min=MIN_SCALE)
+    return scale, (qmin - torch.round(low / scale)).clamp(qmin, qmax)
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """Integers (as float32) of `x`; `scale` and `zero_point` broadcast against it."""
+    return torch.round(x / scale).add_(zero_point).clamp_(qmin, qmax)
+
+
+def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Real values of the integers `q`."""
+    return (q - zero_point) * scale
+
+
+def fake_quantize(
+    x: Tensor,
+    log_scale: Tensor,
+    low: float,
+    high: float,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """Quantize and dequantize a tensor with one scale, with the gradients of LSQ (Esser et al. 2020, eq. 3).
+
+    The scale is learned by its logarithm: steps are then relative to the scale, so one learning rate fits every layer
+    of every network, and the scale can't become zero or negative.
+
+    Args:
+        x: any shape.
+        log_scale: natural logarithm of the scale, shape ().
+        low, high: the grid's ends relative to its zero point, qmin - zero_point and qmax - zero_point.
+        keep: boolean mask of x's shape; where False the element stays in full precision (QDrop, Wei et al. 2022).
+
+    Returns:
+        float32 tensor of x's shape. Gradients: to x straight through inside the grid, zero outside; to log_scale
+        sum(g * (y - x)) over the quantized elements inside the grid and sum(g * y) outside, divided by
+        sqrt(number of elements * number of steps of the grid's larger side) as LSQ does.
+    """
+    result: Tensor = _FakeQuantize.apply(x.float(), log_scale, low, high, keep)
+    return result
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """One pass over x for each direction; saves only x and y, which the neighbouring ops keep alive anyway."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, log_scale: Tensor, low: float, high: float, keep: Tensor | None
+    ) -> Tensor:
+        scale = log_scale.exp()
+        # Integers relative to the zero point save the two passes that would add and subtract it.
+        y = (x / scale).round_().clamp_(low, high).mul_(scale)
+        if keep is not None:
+            y = torch.where(keep, y, x)
+        ctx.save_for_backward(x, y, (low - 0.5) * scale, (high + 0.5) * scale, keep)
+        ctx.grad_factor = (x.numel() * max(-low, high)) ** -0.5
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, y, low_edge, high_edge, keep = ctx.saved_tensors
+        clipped = torch.logical_or(x > high_edge, x < low_edge)
+        if keep is not None:
+            clipped &= keep
+        grad_x = grad.masked_fill(clipped, 0.0)
+        grad_log_scale = None
+        if ctx.needs_input_grad[1]:
+            grad_log_scale = ((grad * y).sum() - (grad_x * x).sum()) * ctx.grad_factor
+        return grad_x, grad_log_scale, None, None, None
+
+
+def rectified_sigmoid(alpha: Tensor) -> Tensor:
+    """AdaRound's h(alpha) in [0, 1]: how far each weight is rounded up (Nagel et al. 2020, eq. 23)."""
+    return (torch.sigmoid(alpha) * (ZETA - GAMMA) + GAMMA).clamp(0.0, 1.0)
+
+
+def inverse_rectified_sigmoid(h: Tensor) -> Tensor:
+    """The alpha with rectified_sigmoid(alpha) == h, for h in [0, 1]."""
+    return -torch.log((ZETA - GAMMA) / (h - GAMMA) - 1.0)

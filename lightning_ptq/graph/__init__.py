@@ -1,0 +1,103 @@
+"""From a model to a chain of units: trace, fold batch norm, place quantizers, cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from lightning_ptq.config import Granularity, QuantConfig
+from lightning_ptq.graph.fold import fold_batch_norm, normalise
+from lightning_ptq.graph.placement import FloatOp, Placement, float_ops, place_quantizers
+from lightning_ptq.graph.trace import trace
+from lightning_ptq.graph.units import Chain, build_unit, computed, find_cuts, slices, unit_names
+from lightning_ptq.layers import quantize_layer
+
+__all__ = ["Chain", "ChainPair", "FloatOp", "LayerPlan", "build_chain"]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """A quantized layer: its name and type, the index of its unit, its bits and its number of float parameters.
+
+    `act_bits` are the bits of the activation that it reads.
+    """
+
+    name: str
+    kind: str
+    unit: int
+    weight_bits: int
+    act_bits: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class ChainPair:
+    """A float teacher and a quantized student with the same cuts and the same weight Parameters."""
+
+    teacher: Chain
+    student: Chain
+    layers: tuple[LayerPlan, ...]
+    floats: tuple[FloatOp, ...]
+
+
+def build_chain(
+    model: nn.Module,
+    config: QuantConfig,
+    granularity: Granularity,
+    *,
+    rounding: str = "nearest",
+    leaf_modules: Sequence[str] = (),
+) -> ChainPair:
+    """Turn `model` into a teacher and a student, cut into units; the model itself is not modified.
+
+    Args:
+        model: in eval mode, takes one tensor and returns one tensor.
+        config: bits and placement.
+        granularity: "layer", "block", "stage" or "net": what one unit holds.
+        rounding: how the student's weights are rounded.
+        leaf_modules: patterns of qualified names of modules to keep whole, in float, instead of tracing them.
+
+    Raises:
+        PTQError: the model cannot be traced or has nothing to quantize; a pattern matches nothing.
+    """
+    gm = trace(model, leaf_modules)
+    normalise(gm)
+    fold_batch_norm(gm)
+    placement = place_quantizers(gm, config)
+    gm.requires_grad_(False)
+    nodes = list(slices(computed(gm.graph), find_cuts(placement, granularity)))
+    layers = plan_layers(placement, nodes)
+    names = unit_names([[layer.name for layer in layers if layer.unit == k] for k in range(len(nodes))])
+    quantized = {
+        layer.name: quantize_layer(gm.get_submodule(layer.name), layer.weight_bits, config, rounding)
+        for layer in layers
+    }
+
+    ends = [*(unit[-1] for unit in nodes[:-1]), result_of(gm)]
+    starts = [next(iter(gm.graph.nodes)), *ends[:-1]]
+    parts = list(zip(nodes, starts, ends, strict=True))
+    student = [build_unit(gm, unit, start, end, quantized, ()) for unit, start, end in parts]
+    teacher = [build_unit(gm, unit, start, end, {}, placement.quantizers) for unit, start, end in parts]
+    return ChainPair(Chain(teacher, names).eval(), Chain(student, names).eval(), layers, float_ops(placement))
+
+
+def plan_layers(placement: Placement, units: Sequence[Sequence[fx.Node]]) -> tuple[LayerPlan, ...]:
+    """The quantized layers in the order of the units."""
+    plans = []
+    for k, unit in enumerate(units):
+        for node in unit:
+            if node in placement.layers:
+                name, bits = str(node.target), placement.layers[node]
+                module = placement.gm.get_submodule(name)
+                count = sum(parameter.numel() for parameter in module.parameters())
+                plans.append(LayerPlan(name, type(module).__name__, k, bits.weight_bits, bits.act_bits, count))
+    return tuple(plans)
+
+
+def result_of(gm: fx.GraphModule) -> fx.Node:
+    """The node that the network returns."""
+    result = gm.graph.output_node().args[0]
+    assert isinstance(result, fx.Node)
+    return result

@@ -1,0 +1,195 @@
+"""Rewrites of a traced graph that keep its function: nothing in place, no eval no-ops, untied layers, folded norm."""
+
+from __future__ import annotations
+
+import operator
+from copy import deepcopy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from lightning_ptq.errors import PTQError
+from lightning_ptq.graph.trace import is_torch_op, op_name, words
+from lightning_ptq.layers import is_quantizable
+
+FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor")
+_IN_PLACE_OPERATORS = {getattr(operator, "i" + name.rstrip("_")): getattr(operator, name) for name in _OPERATORS}
+_RANDOM_DROPS = words(
+    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout stochastic_depth "
+    "drop_path"
+)
+
+
+def normalise(gm: fx.GraphModule) -> None:
+    """Rewrite `gm` so that a unit can run on a cached tensor and every layer call has a module of its own."""
+    remove_no_ops(gm)  # first: their outputs are the same tensor as their inputs, which in-place operations overwrite
+    remove_in_place(gm)
+    gm.graph.eliminate_dead_code()
+    untie(gm)
+    gm.recompile()
+
+
+def remove_in_place(gm: fx.GraphModule) -> None:
+    """Make in-place operations out of place; whoever read the overwritten tensor later reads the result."""
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    overwriting = [node for node in gm.graph.nodes if make_out_of_place(gm, node)]
+    for node in overwriting:
+        source = node.args[0] if node.args else node.kwargs.get("input")
+        if isinstance(source, fx.Node):
+            for reader in list(source.users):
+                if order[reader] > order[node]:
+                    reader.replace_input_with(source, node)
+    for module in gm.modules():
+        if getattr(module, "inplace", None) is True:
+            module.inplace = False  # type: ignore[assignment]
+
+
+def make_out_of_place(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether `node` overwrites its input; a function or method is replaced by its out-of-place twin."""
+    if node.op == "call_module":
+        return getattr(gm.get_submodule(str(node.target)), "inplace", None) is True
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if node.kwargs.get("inplace") is True:
+        node.kwargs = {**node.kwargs, "inplace": False}
+        return True
+    if node.target in _IN_PLACE_OPERATORS:
+        node.target = _IN_PLACE_OPERATORS[node.target]
+        return True
+    name = op_name(node)
+    if not name.endswith("_") or name.startswith("_") or not is_torch_op(node):
+        return False
+    twin = find_twin(node, name[:-1])
+    if twin is None:
+        raise PTQError(
+            f"node {node.name!r} calls {name}(), which overwrites a tensor and has no out-of-place twin; units run on "
+            "cached tensors. Write the line without an in-place operation."
+        )
+    node.target = twin
+    return True
+
+
+def find_twin(node: fx.Node, name: str) -> Any:
+    """The out-of-place function or method called `name`, None if there is none."""
+    if node.op == "call_method":
+        return name if callable(getattr(torch.Tensor, name, None)) else None
+    return getattr(torch, name, None) or getattr(F, name, None)
+
+
+def remove_no_ops(gm: fx.GraphModule) -> None:
+    """Drop what does nothing in eval mode: identity, dropout, stochastic depth."""
+    for node in list(gm.graph.nodes):
+        source = node.args[0] if node.args else node.kwargs.get("input")
+        if isinstance(source, fx.Node) and is_no_op(gm, node):
+            node.replace_all_uses_with(source)
+            gm.graph.erase_node(node)
+
+
+def is_no_op(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether `node` returns its input unchanged in eval mode."""
+    if node.op == "call_module":
+        return isinstance(gm.get_submodule(str(node.target)), nn.Identity | _DropoutNd)
+    if node.op == "call_function" and op_name(node) in _RANDOM_DROPS:
+        training = node.kwargs.get("training", node.kwargs.get("train", node.args[-1]))
+        return training is False
+    return False
+
+
+def untie(gm: fx.GraphModule) -> None:
+    """Give every call of a quantizable layer its own copy, since each call has its own quantizers and ranges."""
+    seen: dict[int, int] = {}
+    for node in gm.graph.nodes:
+        if node.op != "call_module":
+            continue
+        module = gm.get_submodule(str(node.target))
+        if not is_quantizable(module):
+            continue
+        calls = seen[id(module)] = seen.get(id(module), -1) + 1
+        if calls:
+            name = f"{node.target}_{calls}"
+            while has_attribute(gm, name):
+                name += "_"
+            gm.add_submodule(name, deepcopy(module))
+            node.target = name
+
+
+def fold_batch_norm(gm: fx.GraphModule) -> None:
+    """Fold eval-mode batch norm into the convolution or linear layer before it, in fp64.
+
+    Only where nothing else reads the layer's output. A batch norm that stays says why in `meta["float_reason"]`.
+    A linear layer's batch norm is taken to normalise its features, i.e. its input to be (N, features).
+    """
+    for node in list(gm.graph.nodes):
+        if node.op != "call_module":
+            continue
+        norm = gm.get_submodule(str(node.target))
+        if not isinstance(norm, _BatchNorm):
+            continue
+        reason = why_not_foldable(gm, node, norm)
+        if reason:
+            node.meta["float_reason"] = f"batch norm not folded: {reason}"
+            continue
+        layer_node = node.args[0]
+        assert isinstance(layer_node, fx.Node)
+        fold_into(gm.get_submodule(str(layer_node.target)), norm)
+        node.replace_all_uses_with(layer_node)
+        gm.graph.erase_node(node)
+    gm.recompile()
+
+
+def why_not_foldable(gm: fx.GraphModule, node: fx.Node, norm: _BatchNorm) -> str:
+    """Why the batch norm called by `node` has to stay; empty if it can be folded."""
+    source = node.args[0] if node.args else None
+    if norm.running_mean is None or norm.running_var is None:
+        return "it has no running statistics"
+    if not isinstance(source, fx.Node) or source.op != "call_module":
+        return f"it follows {str(source)!r}, not a convolution or linear module"
+    layer = gm.get_submodule(str(source.target))
+    if type(layer) not in FOLDABLE:
+        return f"it follows {source.target!r} ({type(layer).__name__}), not a convolution or linear module"
+    calls = sum(other.op == "call_module" and other.target == source.target for other in gm.graph.nodes)
+    if calls > 1:
+        return f"{source.target!r} is called {calls} times"
+    readers = [reader.name for reader in source.users if reader is not node]
+    if readers:
+        return f"{source.target!r} is also read by {', '.join(map(repr, readers))}"
+    assert isinstance(layer.weight, Tensor)
+    if layer.weight.shape[0] != norm.num_features:
+        return f"it does not normalise the output channels of {source.target!r}"
+    return ""
+
+
+@torch.no_grad()
+def fold_into(layer: nn.Module, norm: _BatchNorm) -> None:
+    """Give `layer` the weight (O, ...) and bias (O,) of layer and norm together, computed in fp64."""
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = (norm.running_var.double() + norm.eps).rsqrt()  # (O,)
+    if norm.affine:
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() if bias is None else _double(bias) - norm.running_mean.double()
+    shift = shift * scale
+    if norm.affine:
+        shift = shift + norm.bias.double()
+    folded = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
+    # New Parameters: another module may hold the old ones.
+    layer.weight = nn.Parameter(folded.to(weight.dtype), requires_grad=False)
+    layer.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=False)
+
+
+def _double(bias: Tensor | nn.Module) -> Tensor:
+    assert isinstance(bias, Tensor)
+    return bias.double()
+
+
+def has_attribute(gm: nn.Module, name: str) -> bool:
+    """Whether the qualified `name` is taken in `gm`."""
+    parent, _, leaf = name.rpartition(".")
+    return hasattr(gm.get_submodule(parent), leaf)

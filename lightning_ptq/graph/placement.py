@@ -1,0 +1,154 @@
+"""Which tensors and layers of a folded graph are quantized, to how many bits, and what stays in float and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_ptq.config import LayerBits, QuantConfig
+from lightning_ptq.errors import PTQError
+from lightning_ptq.graph.fold import has_attribute
+from lightning_ptq.graph.trace import is_torch_op, op_name, words
+from lightning_ptq.layers import is_quantizable
+from lightning_ptq.quantizers import ActQuantizer
+
+_NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm)
+_NORM_OPS = ("layer_norm", "group_norm", "rms_norm", "batch_norm", "instance_norm")
+_MATMUL_OPS = words(
+    "matmul mm bmm addmm baddbmm einsum bilinear scaled_dot_product_attention multi_head_attention_forward"
+)
+_MODULE_OPS = {"linear": "nn.Linear", "conv1d": "nn.Conv1d", "conv2d": "nn.Conv2d", "conv3d": "nn.Conv3d"}
+_MODULE_OPS |= {f"conv_transpose{n}d": f"nn.ConvTranspose{n}d" for n in (1, 2, 3)}
+
+
+@dataclass(frozen=True)
+class FloatOp:
+    """Something with parameters, or a product, that stays in float, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The graph with quantizer nodes, and what is quantized in it.
+
+    Attributes:
+        gm: the float network; its quantizer nodes call `ActQuantizer`s.
+        layers: quantizable layer node -> its bits; `act_bits` are those of the quantizer that it reads.
+        quantizers: quantizer nodes.
+    """
+
+    gm: fx.GraphModule
+    layers: dict[fx.Node, LayerBits]
+    quantizers: frozenset[fx.Node]
+
+
+def place_quantizers(gm: fx.GraphModule, config: QuantConfig) -> Placement:
+    """Insert one `ActQuantizer` after the producer of every tensor that a quantizable layer reads.
+
+    All readers of that tensor, residual additions and pools included, read the quantized one.
+
+    Raises:
+        PTQError: nothing to quantize, or an override that matches no layer.
+    """
+    nodes = [n for n in gm.graph.nodes if n.op == "call_module" and is_quantizable(gm.get_submodule(str(n.target)))]
+    if not nodes:
+        raise PTQError(
+            "the model has no layer that can be quantized (nn.Conv2d, nn.Conv1d, nn.Linear called as modules). "
+            "Write functional convolutions and products with weights as modules, and see leaf_modules."
+        )
+    config.check_overrides([str(node.target) for node in nodes])
+    first, last = edge_layers(nodes, gm.graph.nodes)
+    wanted = {n: config.bits_of(str(n.target), first=n in first, last=n in last) for n in nodes}
+
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    for node in nodes:
+        readers.setdefault(input_of(node), []).append(node)
+    layers, quantizers = {}, set()
+    for producer, group in readers.items():
+        bits = max(wanted[node].act_bits for node in group)
+        quantizers.add(insert_quantizer(gm, producer, bits, config.act_symmetric))
+        layers.update({node: LayerBits(wanted[node].weight_bits, bits) for node in group})
+    gm.recompile()
+    return Placement(gm, {node: layers[node] for node in nodes}, frozenset(quantizers))
+
+
+def edge_layers(layers: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
+    """Layers without a layer before them on any path, and layers without one after them."""
+    layers, nodes = set(layers), list(nodes)
+    after: set[fx.Node] = set()  # nodes that a layer's output reaches
+    for node in nodes:
+        if any(source in layers or source in after for source in node.all_input_nodes):
+            after.add(node)
+    before: set[fx.Node] = set()  # nodes whose output reaches a layer
+    for node in reversed(nodes):
+        if any(reader in layers or reader in before for reader in node.users):
+            before.add(node)
+    return layers - after, layers - before
+
+
+def insert_quantizer(gm: fx.GraphModule, producer: fx.Node, bits: int, symmetric: bool) -> fx.Node:
+    """Put a quantizer node right after `producer`; it belongs to the same modules."""
+    name = f"act_{producer.name}"
+    while has_attribute(gm, name):
+        name += "_"
+    gm.add_submodule(name, ActQuantizer(bits, symmetric))
+    with gm.graph.inserting_after(producer):
+        node = gm.graph.call_module(name, (producer,))
+    node.meta["nn_module_stack"] = dict(producer.meta.get("nn_module_stack") or {})
+    producer.replace_all_uses_with(node, delete_user_cb=lambda reader: reader is not node)
+    return node
+
+
+def input_of(layer: fx.Node) -> fx.Node:
+    """The node that a layer reads."""
+    source = layer.args[0] if layer.args else layer.kwargs["input"]
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def float_ops(placement: Placement) -> tuple[FloatOp, ...]:
+    """Every operation with parameters, and every product, that stays in float, in order, each once."""
+    gm = placement.gm
+    found: dict[str, FloatOp] = {}
+    for node in gm.graph.nodes:
+        reason = node.meta.get("float_reason") or why_float(gm, node)
+        if reason and node not in placement.layers and node not in placement.quantizers:
+            name = str(node.target) if node.op in ("call_module", "get_attr") else node.name
+            found.setdefault(name, FloatOp(name, reason))
+    return tuple(found.values())
+
+
+def why_float(gm: fx.GraphModule, node: fx.Node) -> str:
+    """Why this node stays in float if it is not quantized; empty for what computes without parameters."""
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        if next(module.parameters(), None) is None:
+            return ""
+        kind = type(module).__name__
+        if isinstance(module, _NORMS):
+            return f"{kind} is kept in float"
+        if type(module).__module__.split(".")[0] != "torch":
+            return f"{kind} is kept whole by leaf_modules"
+        return f"{kind} is not supported and stays in float"
+    if node.op == "get_attr":
+        read = [reader for reader in node.users if op_name(reader) not in (*_NORM_OPS, *_MODULE_OPS)]
+        value = parameter_of(gm, str(node.target))
+        return f"parameter used directly by {read[0].name!r} stays in float" if read and value is not None else ""
+    name = op_name(node)
+    if node.op == "call_function" and is_torch_op(node):
+        if name in _NORM_OPS:
+            return f"F.{name} is kept in float"
+        if name in _MODULE_OPS:
+            return f"F.{name} is not quantized; call a module ({_MODULE_OPS[name]}) instead"
+    return f"{name} is not quantized" if name in _MATMUL_OPS else ""
+
+
+def parameter_of(gm: fx.GraphModule, name: str) -> nn.Parameter | None:
+    """The parameter with this qualified name; None for a buffer or constant."""
+    parent, _, leaf = name.rpartition(".")
+    return gm.get_submodule(parent)._parameters.get(leaf)

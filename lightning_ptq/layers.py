@@ -1,0 +1,90 @@
+"""Quantized layers: a float layer whose weight passes through a `WeightQuantizer`.
+
+The activation that a layer reads is quantized by an `ActQuantizer` node of the graph (`graph/placement.py`), since
+several readers share it. A new layer type is a subclass and one line in the registry.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ptq.config import QuantConfig
+from lightning_ptq.quantizers import WeightQuantizer
+
+_Layer = TypeVar("_Layer", bound=nn.Module)
+
+
+class _Quantized(nn.Module):
+    """What quantized layers share: they are made from a float layer and keep its parameters, not copies."""
+
+    weight: Tensor
+    weight_quantizer: WeightQuantizer
+
+    @classmethod
+    def from_float(cls: type[_Layer], layer: nn.Module, quantizer: WeightQuantizer) -> _Layer:
+        """The quantized twin of `layer`: same attributes, same Parameter objects, its own quantizer."""
+        twin = cls.__new__(cls)
+        nn.Module.__init__(twin)
+        for name, value in vars(layer).items():
+            if name not in ("_parameters", "_buffers", "_modules") and not name.endswith("_hooks"):
+                twin.__dict__[name] = value
+        for name, parameter in layer.named_parameters(recurse=False):
+            twin.register_parameter(name, parameter)
+        if layer._parameters.get("bias") is None:
+            twin.register_parameter("bias", None)
+        twin.add_module("weight_quantizer", quantizer)
+        return twin
+
+
+class QuantConv2d(_Quantized, nn.Conv2d):
+    """2-d convolution with quantized weight (O, I/groups, kH, kW). Shape: (N, I, H, W) -> (N, O, H', W')."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)  # type: ignore[no-any-return]
+
+
+class QuantConv1d(_Quantized, nn.Conv1d):
+    """1-d convolution with quantized weight (O, I/groups, k). Shape: (N, I, L) -> (N, O, L')."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)  # type: ignore[no-any-return]
+
+
+class QuantLinear(_Quantized, nn.Linear):
+    """Linear layer with quantized weight (O, I). Shape: (..., I) -> (..., O)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.weight_quantizer(self.weight), self.bias)
+
+
+REGISTRY: dict[type[nn.Module], type[_Quantized]] = {
+    nn.Conv2d: QuantConv2d,
+    nn.Conv1d: QuantConv1d,
+    nn.Linear: QuantLinear,
+}
+
+
+def is_quantizable(module: nn.Module) -> bool:
+    """Whether `module` has a quantized twin. Exact types only: a subclass may compute something else."""
+    return type(module) in REGISTRY
+
+
+def quantize_layer(module: nn.Module, bits: int, config: QuantConfig, rounding: str = "nearest") -> nn.Module:
+    """The quantized twin of a float layer; it shares the layer's parameters and computes the same without ranges."""
+    assert isinstance(module.weight, Tensor)
+    quantizer = WeightQuantizer(
+        module.weight.shape,
+        bits,
+        per_channel=config.weight_per == "channel",
+        symmetric=config.weight_symmetric,
+        rounding=rounding,
+    )
+    return REGISTRY[type(module)].from_float(module, quantizer)
+
+
+def quantized_layers(module: nn.Module) -> list[tuple[str, _Quantized]]:
+    """(name, layer) of every quantized layer below `module`, in order."""
+    return [(name, m) for name, m in module.named_modules() if isinstance(m, _Quantized)]

@@ -1,0 +1,17 @@
+"""Loss terms of a reconstruction unit: one file each, summed by an `Objective`."""
+
+from lightning_ptq.losses.base import Objective, Term, UnitBatch
+from lightning_ptq.losses.contrastive import Contrastive, ContrastiveConfig
+from lightning_ptq.losses.reconstruction import Reconstruction, reconstruction_loss
+from lightning_ptq.losses.rounding import RoundingRegularizer
+
+__all__ = [
+    "Contrastive",
+    "ContrastiveConfig",
+    "Objective",
+    "Reconstruction",
+    "RoundingRegularizer",
+    "Term",
+    "UnitBatch",
+    "reconstruction_loss",
+]

@@ -1,0 +1,97 @@
+"""What a loss term sees and how terms are weighted and summed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+# Steps at the start of a unit over which the weight of a balanced term is measured; then it is frozen.
+BALANCE_STEPS = 8
+
+
+@dataclass
+class UnitBatch:
+    """One minibatch of one unit, B images.
+
+    Attributes:
+        student_out, teacher_out: the unit's outputs, same shape (B, ...).
+        teacher_features: what the teacher's tail makes of `teacher_out`: the teacher's final output (B, ...).
+        tail: the frozen rest of the teacher, from a unit output to the final output.
+        student_unit: the unit under calibration.
+        unit: its index. step: the optimisation step within it.
+        progress: share of the unit's rounding schedule that is done, in [0, 1].
+    """
+
+    student_out: Tensor
+    teacher_out: Tensor
+    teacher_features: Tensor
+    tail: Callable[[Tensor], Tensor]
+    student_unit: nn.Module
+    unit: int
+    step: int
+    progress: float
+
+
+class Term(nn.Module):
+    """A loss term: maps a `UnitBatch` to a scalar.
+
+    `rho` is None for a term that is added as it is. Otherwise the term is balanced: its gradient at the unit's output
+    is scaled to `rho` times the norm of the reconstruction term's.
+    """
+
+    rho: float | None = None
+
+    def forward(self, batch: UnitBatch) -> Tensor:
+        raise NotImplementedError
+
+
+class Objective(nn.Module):
+    """Weighted sum of terms, the first of which is the reconstruction that balanced terms are measured against.
+
+    Args:
+        terms: name -> term.
+        units: number of units; each has its own weights.
+    """
+
+    ratio_sums: Tensor
+
+    def __init__(self, terms: dict[str, Term], units: int) -> None:
+        super().__init__()
+        self.terms = nn.ModuleDict(terms)
+        self.register_buffer("ratio_sums", torch.zeros(units, len(terms)))
+
+    def forward(self, batch: UnitBatch) -> dict[str, Tensor]:
+        """The weighted terms by name; their sum is the loss."""
+        result: dict[str, Tensor] = {}
+        reference: Tensor | None = None
+        with torch.autocast(batch.student_out.device.type, enabled=False):
+            for i, (name, term) in enumerate(self.terms.items()):
+                assert isinstance(term, Term)
+                value = term(batch)
+                if reference is None:
+                    reference = value
+                elif term.rho is not None:
+                    value = value * self._weight(i, term.rho, value, reference, batch)
+                result[name] = value
+        return result
+
+    def _weight(self, i: int, rho: float, value: Tensor, reference: Tensor, batch: UnitBatch) -> Tensor:
+        """lambda = rho * mean over the first steps of |d reference / d output| / |d value / d output|."""
+        if batch.step < BALANCE_STEPS:
+            ratio = _gradient_norm(reference, batch.student_out) / _gradient_norm(value, batch.student_out)
+            ratio = torch.nan_to_num(ratio, nan=0.0, posinf=0.0)
+            if torch.distributed.is_initialized():
+                torch.distributed.all_reduce(ratio)
+                ratio = ratio / torch.distributed.get_world_size()
+            # Step 0 overwrites, so that entering a unit again starts its measurement again.
+            self.ratio_sums[batch.unit, i] *= float(batch.step > 0)
+            self.ratio_sums[batch.unit, i] += ratio
+        return rho * self.ratio_sums[batch.unit, i].clone() / min(batch.step + 1, BALANCE_STEPS)
+
+
+def _gradient_norm(value: Tensor, at: Tensor) -> Tensor:
+    (gradient,) = torch.autograd.grad(value, at, retain_graph=True)
+    return gradient.norm()

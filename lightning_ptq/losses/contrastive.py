@@ -1,0 +1,104 @@
+"""Contrastive calibration (CL-Calib, Shang et al. 2024): keep the mutual information of both activations.
+
+Student and teacher activations of a unit go through the frozen rest of the teacher and are compared there. The same
+image is a positive pair, other images of the batch are negatives. Minimising the loss raises a lower bound of
+I(full-precision; quantized).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_ptq.config import check_option
+from lightning_ptq.errors import PTQError
+from lightning_ptq.losses.base import Term, UnitBatch
+
+ContrastiveLoss = Literal["infonce", "nce"]
+
+
+@dataclass(frozen=True)
+class ContrastiveConfig:
+    """How the contrastive term is computed.
+
+    Args:
+        loss: "infonce" (MI >= log B - loss) or "nce" (binary, the reading of the third-party reimplementation).
+        temperature: divides the cosine similarities.
+        rho: norm of the term's gradient at the unit's output, relative to the reconstruction's.
+        mask_collisions: leave out negatives for which the teacher predicts the same class: they are no negatives.
+
+    Raises:
+        PTQError: an unknown loss, or a temperature or rho that is not positive.
+    """
+
+    loss: ContrastiveLoss = "infonce"
+    temperature: float = 0.1
+    rho: float = 0.1
+    mask_collisions: bool = True
+
+    def __post_init__(self) -> None:
+        check_option(self.loss, get_args(ContrastiveLoss), "contrastive loss")
+        for name in ("temperature", "rho"):
+            if not getattr(self, name) > 0:
+                raise PTQError(f"contrastive {name}={getattr(self, name)} must be positive. The default is 0.1.")
+
+
+def similarities(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Cosine similarity of every student feature to every teacher feature, over the temperature.
+
+    Shapes: (B, D) and (N, D) -> (B, N).
+    """
+    student = torch.nn.functional.normalize(student.float(), dim=1)
+    teacher = torch.nn.functional.normalize(teacher.float(), dim=1)
+    return student @ teacher.T / temperature
+
+
+def infonce_loss(logits: Tensor, negatives: Tensor) -> Tensor:
+    """-mean_i log(exp s_ii / (exp s_ii + sum over negatives j of exp s_ij)) (van den Oord et al. 2018, eq. 4).
+
+    Args:
+        logits: (B, B) similarities over the temperature, positives on the diagonal.
+        negatives: (B, B) boolean, False on the diagonal.
+    """
+    diagonal = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    return (logits.masked_fill(~(negatives | diagonal), float("-inf")).logsumexp(1) - logits.diagonal()).mean()
+
+
+def nce_loss(logits: Tensor, negatives: Tensor) -> Tensor:
+    """mean_i softplus(-s_ii) + mean over negative pairs of softplus(s_ij); shapes as in `infonce_loss`."""
+    positive = torch.nn.functional.softplus(-logits.diagonal()).mean()
+    negative = torch.nn.functional.softplus(logits) * negatives
+    return positive + negative.sum() / negatives.sum().clamp(min=1)
+
+
+def collision_free(features: Tensor, mask_collisions: bool = True) -> Tensor:
+    """(B, B) boolean mask of pairs that are negatives, given the teacher's features (B, D).
+
+    The diagonal is never one; with `mask_collisions` neither is a pair for which the teacher's argmax agrees.
+    """
+    classes = features.argmax(1) if mask_collisions else torch.arange(len(features), device=features.device)
+    return classes[:, None] != classes[None, :]
+
+
+def pooled(features: Tensor) -> Tensor:
+    """(B, C, ...) -> (B, C): mean over positions."""
+    return features.flatten(2).mean(2) if features.dim() > 2 else features
+
+
+class Contrastive(Term):
+    """The contrastive term with the frozen-tail critic."""
+
+    def __init__(self, config: ContrastiveConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rho = config.rho
+
+    def forward(self, batch: UnitBatch) -> Tensor:
+        teacher = pooled(batch.teacher_features.float())  # (B, D)
+        student = pooled(batch.tail(batch.student_out).float())  # (B, D)
+        logits = similarities(student, teacher, self.config.temperature)  # (B, B)
+        negatives = collision_free(teacher, self.config.mask_collisions)
+        return (infonce_loss if self.config.loss == "infonce" else nce_loss)(logits, negatives)

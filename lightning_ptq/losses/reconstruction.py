@@ -1,0 +1,22 @@
+"""Squared error between the student's and the teacher's unit output."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_ptq.losses.base import Term, UnitBatch
+
+
+def reconstruction_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared error summed over channels, mean over batch and positions (BRECQ, QDrop and PD-Quant alike).
+
+    Shapes: both (B, C, ...), scalar out.
+    """
+    return (student.float() - teacher.float()).square().sum(1).mean()
+
+
+class Reconstruction(Term):
+    """`reconstruction_loss` of the unit's output."""
+
+    def forward(self, batch: UnitBatch) -> Tensor:
+        return reconstruction_loss(batch.student_out, batch.teacher_out)

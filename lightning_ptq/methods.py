@@ -1,0 +1,112 @@
+"""Calibration methods as points in one small space, and the rule from the step budget to the learning rates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from lightning_ptq.config import Granularity, check_option
+from lightning_ptq.errors import PTQError
+
+UnitInput = Literal["fp", "quant", "mix"]
+Rounding = Literal["nearest", "adaround"]
+ScaleLearning = Literal["none", "joint", "after"]
+MethodName = Literal["nearest", "adaround", "brecq", "qdrop"]
+
+# Share of a unit's steps after which "after" starts to learn scales: BRECQ gives 20k steps to rounding, 5k to scales.
+_AFTER = 0.8
+# The budget for which the papers state their rates, and those rates.
+_REFERENCE_STEPS = 20_000
+_REFERENCE_ROUNDING_LR = 1e-3
+_REFERENCE_SCALE_LR = 4e-5
+
+
+@dataclass(frozen=True)
+class Method:
+    """One calibration method.
+
+    Args:
+        granularity: how large a reconstruction unit is.
+        input: what a unit reads while it is calibrated: the teacher's activations ("fp"), the student's ("quant"), or
+            an element-wise random mix of both ("mix").
+        rounding: "nearest", or "adaround" for learned rounding.
+        scales: activation scales are fixed ("none"), learned with the rounding ("joint") or after it ("after").
+        drop: probability that an element stays in full precision, in a mixed input and in every activation quantizer
+            of the unit.
+
+    Raises:
+        PTQError: an unknown option or a probability outside [0, 1).
+    """
+
+    granularity: Granularity = "block"
+    input: UnitInput = "quant"
+    rounding: Rounding = "nearest"
+    scales: ScaleLearning = "none"
+    drop: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_option(self.granularity, get_args(Granularity), "granularity")
+        check_option(self.input, get_args(UnitInput), "input")
+        check_option(self.rounding, get_args(Rounding), "rounding")
+        check_option(self.scales, get_args(ScaleLearning), "scales")
+        if not 0.0 <= self.drop < 1.0:
+            raise PTQError(f"drop={self.drop} is no probability below 1. Use 0.5 as QDrop does, or 0 to switch it off.")
+        if self.input == "mix" and self.drop == 0.0:
+            raise PTQError("input='mix' with drop=0 mixes nothing. Set drop=0.5, or use input='quant'.")
+
+    @property
+    def learns(self) -> bool:
+        """Whether there is anything to optimise."""
+        return self.rounding != "nearest" or self.scales != "none"
+
+    def rate_factors(self, progress: float) -> tuple[float, float]:
+        """Multipliers of the (rounding, scale) learning rates at `progress` in [0, 1) of a unit's steps."""
+        if self.scales == "none":
+            return 1.0, 0.0
+        if self.scales == "joint":
+            return 1.0, _cosine(progress)
+        if progress < _AFTER:
+            return 1.0, 0.0
+        return 0.0, _cosine((progress - _AFTER) / (1.0 - _AFTER))
+
+    def rounding_progress(self, progress: float) -> float:
+        """How far the annealing of the rounding has come, in [0, 1]."""
+        return min(progress / _AFTER, 1.0) if self.scales == "after" else progress
+
+
+METHODS: dict[str, Method] = {
+    "nearest": Method(),
+    "adaround": Method(granularity="layer", rounding="adaround"),
+    "brecq": Method(rounding="adaround", scales="after"),
+    "qdrop": Method(input="mix", rounding="adaround", scales="joint", drop=0.5),
+}
+
+
+def get_method(
+    name: str,
+    *,
+    granularity: Granularity | None = None,
+    input: UnitInput | None = None,
+    rounding: Rounding | None = None,
+    scales: ScaleLearning | None = None,
+    drop: float | None = None,
+) -> Method:
+    """The preset called `name`, with the coordinates that are given replaced.
+
+    Raises:
+        PTQError: unknown preset or coordinate.
+    """
+    check_option(name, tuple(METHODS), "method")
+    given = {"granularity": granularity, "input": input, "rounding": rounding, "scales": scales, "drop": drop}
+    return replace(METHODS[name], **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
+
+
+def default_rates(steps: int) -> tuple[float, float]:
+    """Learning rates of (rounding, logarithm of activation scales) for a budget of `steps` per unit."""
+    ratio = _REFERENCE_STEPS / steps
+    return _REFERENCE_ROUNDING_LR * ratio**0.62, _REFERENCE_SCALE_LR * ratio**0.87
+
+
+def _cosine(progress: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -1,0 +1,420 @@
+"""`PTQModule`: calibration as one `Trainer.fit`, one epoch for each reconstruction unit. Orchestration only."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+
+from lightning_ptq.cache import Minibatch, UnitCache, fits_on_device, mixed_seed, sample_index
+from lightning_ptq.calibration import RANGE_IMAGES, UnitReport, estimate_ranges, finish_unit
+from lightning_ptq.callbacks import model_callbacks
+from lightning_ptq.checks import check_batch, check_settings, check_trainer
+from lightning_ptq.config import Granularity, QuantConfig
+from lightning_ptq.errors import PTQError
+from lightning_ptq.fingerprint import check_same, data_digest, model_digest
+from lightning_ptq.graph import build_chain
+from lightning_ptq.losses import (
+    Contrastive,
+    ContrastiveConfig,
+    Objective,
+    Reconstruction,
+    RoundingRegularizer,
+    Term,
+    UnitBatch,
+)
+from lightning_ptq.methods import MethodName, Rounding, ScaleLearning, UnitInput, default_rates, get_method
+from lightning_ptq.metrics import MeanRate, classes
+from lightning_ptq.quantizers import DropMask, act_quantizers, initial_ranges, weight_quantizers
+
+_RATES = ("teacher_top1", "nearest_top1", "student_top1", "nearest_agreement", "student_agreement")
+
+
+class PTQModule(L.LightningModule):
+    """Frozen full-precision teacher and quantized student; training optimises quantization parameters only.
+
+    Args:
+        model: the trained network, in eval mode; one image tensor (N, C, H, W) in, one tensor out. It is not changed.
+        quant: what to quantize to how many bits.
+        method: preset "nearest", "adaround", "brecq" or "qdrop" (see `methods.py`).
+        contrastive: add the contrastive term of CL-Calib to the method's loss.
+        critic: how that term is computed.
+        steps_per_unit: optimisation steps for each unit.
+        batch_size: calibration images for each step, on each process.
+        rounding_lr: learning rate of the weights' rounding; None follows `steps_per_unit`.
+        scale_lr: learning rate of the logarithm of activation scales; None follows `steps_per_unit`.
+        rounding_weight: weight of AdaRound's regulariser.
+        granularity, input, rounding, scales, drop: coordinates of the method that differ from the preset.
+        leaf_modules: name patterns of modules that are not traced and stay in floating point.
+        terms: further loss terms by name.
+        cache: where activations are kept: on the "device", on the "host", or "auto": on the device if they fit.
+        seed: seed of every random draw; None takes that of `lightning.seed_everything`, or else 0.
+
+    Raises:
+        PTQError: a model that can't be traced or quantized, or a setting outside its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        quant: QuantConfig = QuantConfig(),  # noqa: B008 (frozen)
+        method: MethodName = "qdrop",
+        *,
+        contrastive: bool = False,
+        critic: ContrastiveConfig = ContrastiveConfig(),  # noqa: B008 (frozen)
+        steps_per_unit: int = 2000,
+        batch_size: int = 32,
+        rounding_lr: float | None = None,
+        scale_lr: float | None = None,
+        rounding_weight: float = 0.01,
+        granularity: Granularity | None = None,
+        input: UnitInput | None = None,
+        rounding: Rounding | None = None,
+        scales: ScaleLearning | None = None,
+        drop: float | None = None,
+        leaf_modules: Sequence[str] = (),
+        terms: dict[str, Term] | None = None,
+        cache: Literal["auto", "device", "host"] = "auto",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_settings(
+            steps_per_unit=steps_per_unit,
+            batch_size=batch_size,
+            rounding_lr=rounding_lr,
+            scale_lr=scale_lr,
+            rounding_weight=rounding_weight,
+        )
+        self.method_name, self.quant, self.contrastive, self.model_name = method, quant, contrastive, type(model).__name__
+        self.method = get_method(
+            method, granularity=granularity, input=input, rounding=rounding, scales=scales, drop=drop
+        )
+        # What learns nothing needs no steps; one keeps Lightning's loop, and so validation and checkpoints, alive.
+        self.steps_per_unit = steps_per_unit if self.method.learns else 1
+        self.batch_size, self.cache_policy = batch_size, cache
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        default_rounding_lr, default_scale_lr = default_rates(self.steps_per_unit)
+        self.rounding_lr = default_rounding_lr if rounding_lr is None else rounding_lr
+        self.scale_lr = default_scale_lr if scale_lr is None else scale_lr
+
+        self.chains = build_chain(
+            model, quant, self.method.granularity, rounding=self.method.rounding, leaf_modules=leaf_modules
+        )
+        self.teacher, self.student = self.chains.teacher, self.chains.student
+        objective: dict[str, Term] = {"reconstruction": Reconstruction()}
+        if self.method.rounding == "adaround":
+            objective["rounding"] = RoundingRegularizer(rounding_weight)
+        if contrastive:
+            objective["contrastive"] = Contrastive(critic)
+        self.objective = Objective(objective | (terms or {}), len(self.student))
+        # Lightning and DDP insist on a gradient; a unit that has nothing to learn gives them this one.
+        self.anchor = nn.Parameter(torch.zeros(()))
+        self.rates = nn.ModuleDict({name: MeanRate() for name in _RATES})
+
+        self.reports: list[UnitReport] = []
+        self.wall_seconds = dict.fromkeys(("ranges", "calibration", "validation", "total"), 0.0)
+        self.calibration_count: int | None = None
+        self._digests: dict[str, Any] = {"model": model_digest(self.teacher), "images": None}
+        self._drop = DropMask(self.method.drop)
+        self._cache: UnitCache | None = None
+        self._student_out: Tensor | None = None
+        self._carried_seconds = 0.0
+        # Equal on all ranks by construction, and DDP wraps anew for every unit.
+        self._ddp_params_and_buffers_to_ignore = [f"teacher.{name}" for name in self.teacher.state_dict()]
+        # What DDP sees when it wraps for the first time, before the first unit is entered.
+        self._select(0)
+
+    # ---- Lightning's hooks, in the order in which a fit calls them ----
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Progress by unit, a checkpoint for every unit, and the run's summary."""
+        return model_callbacks(self.trainer, self)
+
+    def setup(self, stage: str) -> None:
+        """Refuse what can't work and fit the Trainer to the chain before anything long starts."""
+        if stage != "fit":
+            return
+        check_trainer(self.trainer)
+        loop, units = self.trainer.fit_loop, len(self.student)
+        loop.max_epochs = units if loop.max_epochs is None or loop.max_epochs < 0 else min(units, loop.max_epochs)
+        if self.trainer.check_val_every_n_epoch == 1:
+            # Lightning's default would validate after every unit; what counts is the finished network.
+            self.trainer.check_val_every_n_epoch = max(loop.max_epochs, 1)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """One Adam over all quantization parameters; those of other units have no gradients and are skipped."""
+        alphas = [q.alpha for q in weight_quantizers(self.student) if q.alpha is not None]
+        scales = [q.log_scale for q in act_quantizers(self.student)]
+        groups = [{"params": alphas, "name": "rounding"}, {"params": scales, "name": "scales"}]
+        return torch.optim.Adam([group for group in groups if group["params"]], lr=0.0, fused=True)
+
+    def train(self, mode: bool = True) -> PTQModule:
+        """Both networks stay in eval mode: live dropout or batch statistics would be calibrated into the result."""
+        super().train(mode)
+        self.teacher.eval()
+        self.student.eval()
+        return self
+
+    def unit_loader(self) -> UnitLoader:
+        """The loader of calibration steps, which a datamodule returns as its train loader."""
+        return UnitLoader(self)
+
+    def training_step(self, batch: Minibatch, batch_idx: int) -> Tensor:
+        """One step of the current unit: the sum of the objective's terms."""
+        unit, name = self.trainer.current_epoch, self.student.names[self.trainer.current_epoch]
+        progress = batch_idx / self.trainer.num_training_batches
+        self._set_rates(progress)
+        self._drop.seed(mixed_seed(self.seed, unit, batch_idx, self.global_rank), batch.student_in.device)
+        terms: dict[str, Tensor] = self.objective(
+            UnitBatch(
+                student_out=self.student.units[unit](self._unit_input(batch)),
+                teacher_out=batch.teacher_out,
+                teacher_features=batch.features,
+                tail=lambda x: self.teacher(x, start=unit + 1),
+                student_unit=self.student.units[unit],
+                unit=unit,
+                step=batch_idx,
+                progress=self.method.rounding_progress(progress),
+            )
+        )
+        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.log_dict(terms, prog_bar=True, logger=False)
+            self.log_dict({f"units/{name}/{term}": value for term, value in terms.items()})
+        return torch.stack(list(terms.values())).sum() + 0.0 * self.anchor
+
+    def on_validation_start(self) -> None:
+        """Inside `fit`, judge a unit whose steps are done before it is validated."""
+        self._validation_clock = time.monotonic()
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            if self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+                self._finish(self.trainer.current_epoch)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Teacher, round-to-nearest and student on one batch of images, with or without labels."""
+        images, labels = _images_and_labels(batch)
+        predictions = {"teacher": classes(self.teacher(images)), "student": classes(self.student(images))}
+        with initial_ranges(self.student):
+            predictions["nearest"] = classes(self.student(images))
+        for name, prediction in predictions.items():
+            if labels is not None and labels.shape == prediction.shape:
+                self._rate(f"{name}_top1", prediction, labels)
+            if name != "teacher":
+                self._rate(f"{name}_agreement", prediction, predictions["teacher"])
+
+    def on_validation_end(self) -> None:
+        """Account for the time that validation took."""
+        self.wall_seconds["validation"] += time.monotonic() - self._validation_clock
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """The same as `validation_step`."""
+        self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The student's output for one batch of images."""
+        return self(_images_and_labels(batch)[0])  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The student's output for images (N, C, H, W)."""
+        return self.student(x)  # type: ignore[no-any-return]
+
+    def on_train_epoch_end(self) -> None:
+        """Judge the unit before it is written to a checkpoint."""
+        self._finish(self.trainer.current_epoch)
+
+    def on_train_end(self) -> None:
+        """Drop the caches: nothing that is left to do needs them."""
+        self._cache = self._student_out = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the teacher out; add what identifies the run and what is known of the finished units."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith("teacher.")}
+        checkpoint["lightning_ptq"] = {
+            "digests": self._digests,
+            "structure": self._structure(),
+            "settings": self._settings(),
+            "reports": [report.to_dict() for report in self.reports],
+            "wall_seconds": self.wall_seconds,
+            "unit_seconds": time.monotonic() - self._unit_clock if self._cache is not None else 0.0,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse another run's checkpoint; give the live teacher's tensors back so that loading stays strict."""
+        saved = checkpoint.get("lightning_ptq")
+        if saved is None:
+            raise PTQError("the checkpoint was not written by lightning_ptq. Give one from a fit's checkpoints folder.")
+        check_same(saved["structure"], self._structure(), "quantization config")
+        if saved["digests"]["model"] != self._digests["model"]:
+            raise PTQError(
+                "the checkpoint belongs to a model with other weights. Give the weights that it was calibrated from."
+            )
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            check_same(saved["settings"], self._settings(), "calibration setting")
+        self._digests["images"] = saved["digests"]["images"]
+        self.reports = [UnitReport(**report) for report in saved["reports"]]
+        self.wall_seconds, self._carried_seconds = dict(saved["wall_seconds"]), saved["unit_seconds"]
+        checkpoint["state_dict"].update({f"teacher.{k}": v for k, v in self.teacher.state_dict().items()})
+
+    # ---- units ----
+
+    def enter_unit(self, unit: int) -> None:
+        """Make `unit` the one that is calibrated: caches advanced to it, only its parameters trained.
+
+        Works from a fresh start, from the unit before, and from any checkpoint: the chain up to `unit` is replayed.
+        """
+        start = time.monotonic()
+        cache = self._cache = self._cache or self._new_cache()
+        while cache.unit < unit:
+            # A checkpoint may have been written before its unit was judged.
+            self._finish(cache.unit)
+            out, self._student_out = self._student_out, None
+            cache.advance(cache.student_out() if out is None else out)
+        self._select(unit)
+        optimizer = self.trainer.optimizers[0]
+        current = {id(p) for p in self.student.units[unit].parameters()}
+        for parameter in [p for p in optimizer.state if id(p) not in current]:
+            del optimizer.state[parameter]
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy):
+            # DDP registers what requires grad when it wraps; without a new wrap the ranks diverge silently.
+            strategy.model = strategy.lightning_module
+            strategy.configure_ddp()
+        self._unit_clock, self._carried_seconds = start - self._carried_seconds, 0.0
+
+    def _new_cache(self) -> UnitCache:
+        """Load this process's calibration images, estimate ranges if there are none yet, and cache the first unit."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        images: Tensor = data.calibration_images(self.global_rank, self.trainer.world_size)
+        count = self._all(torch.tensor([len(images)])).flatten()
+        check_batch(int(count.min()), self.batch_size, self.trainer.world_size)
+        self.calibration_count = int(count.sum())
+        digest = int(self._all(torch.tensor([data_digest(images)])).sum()) % 2**62
+        if self._digests["images"] not in (None, digest):
+            raise PTQError(
+                "the checkpoint was calibrated on other images. Give the same data, calibration_samples and seed."
+            )
+        self._digests["images"] = digest
+        if not all(q.enabled for q in weight_quantizers(self.student)):
+            start = time.monotonic()
+            share = -(-RANGE_IMAGES // self.trainer.world_size)
+            estimate_ranges(self.student, images[:share], self.quant, self.device, self._all)
+            self.wall_seconds["ranges"] += time.monotonic() - start
+        on_device = self.cache_policy == "device" or (
+            self.cache_policy == "auto" and fits_on_device(self.teacher, images, self.device)
+        )
+        return UnitCache(self.teacher, self.student, images, self.device, on_device)
+
+    def _finish(self, unit: int) -> None:
+        """Judge the unit whose steps are done; once, however often it is called."""
+        if self._cache is None or len(self.reports) != unit:
+            return
+        seconds = time.monotonic() - self._unit_clock
+        report, self._student_out = finish_unit(self._cache, lambda t: self._all(t).mean(0), seconds)
+        self.reports.append(report)
+        self.wall_seconds["calibration"] += seconds
+        for logger in self.loggers:
+            numbers = {k: v for k, v in report.to_dict().items() if isinstance(v, float)}
+            logger.log_metrics({f"units/{report.name}/{k}": v for k, v in numbers.items()}, step=self.global_step)
+
+    def _select(self, unit: int) -> None:
+        """Train and drop in `unit` only. The teacher, weights and other units never require gradients."""
+        self.teacher.requires_grad_(False)
+        self.student.requires_grad_(False)
+        for q in act_quantizers(self.student):
+            q.drop = None
+        for act in act_quantizers(self.student.units[unit]):
+            act.log_scale.requires_grad_(self.method.scales != "none")
+            act.drop = self._drop
+        for weight in weight_quantizers(self.student.units[unit]):
+            if weight.alpha is not None:
+                weight.alpha.requires_grad_(True)
+
+    def _unit_input(self, batch: Minibatch) -> Tensor:
+        if self.method.input == "fp":
+            return batch.teacher_in
+        keep = self._drop.keep(batch.student_in) if self.method.input == "mix" else None
+        return batch.student_in if keep is None else torch.where(keep, batch.student_in, batch.teacher_in)
+
+    def _set_rates(self, progress: float) -> None:
+        """Learning rates as a function of progress alone, so that resuming needs no scheduler state."""
+        rounding, scales = self.method.rate_factors(progress)
+        rates = {"rounding": rounding * self.rounding_lr, "scales": scales * self.scale_lr}
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = rates[group["name"]]
+
+    def _rate(self, name: str, prediction: Tensor, reference: Tensor) -> None:
+        metric = self.rates[name]
+        metric.update(prediction, reference)
+        self.log(name, metric, on_step=False, on_epoch=True, batch_size=len(prediction))  # type: ignore[arg-type]
+
+    def _all(self, x: Tensor) -> Tensor:
+        """`x` of every process, stacked: (world, ...)."""
+        gathered = self.all_gather(x.to(self.device))
+        assert isinstance(gathered, Tensor)
+        return gathered if self.trainer.world_size > 1 else gathered[None]
+
+    def _structure(self) -> dict[str, Any]:
+        """Settings that decide which parameters there are and what they mean."""
+        return self.quant.to_dict() | {"granularity": self.method.granularity, "rounding": self.method.rounding}
+
+    def _settings(self) -> dict[str, Any]:
+        """Settings that decide how calibration proceeds."""
+        return {
+            "method": self.method_name,
+            "input": self.method.input,
+            "scales": self.method.scales,
+            "drop": self.method.drop,
+            "contrastive": self.contrastive,
+            "steps_per_unit": self.steps_per_unit,
+            "batch_size": self.batch_size,
+            "rounding_lr": self.rounding_lr,
+            "scale_lr": self.scale_lr,
+            "seed": self.seed,
+        }
+
+
+class UnitLoader:
+    """Train loader whose epochs are units.
+
+    The body of `__iter__` is the only code that runs exactly once for each real epoch on every way to resume, so a
+    unit is entered there. Minibatches are a pure function of (seed, unit, step, rank); the position is the Trainer's.
+    """
+
+    def __init__(self, module: PTQModule) -> None:
+        self.module = module
+
+    def __len__(self) -> int:
+        return self.module.steps_per_unit
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: it tells Lightning that resuming in the middle works."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+    def __iter__(self) -> Iterator[Minibatch]:
+        module, trainer = self.module, self.module.trainer
+        unit = trainer.current_epoch
+        module.enter_unit(unit)
+        cache = module._cache
+        assert cache is not None
+        generator = torch.Generator()
+        for step in range(trainer.fit_loop.batch_idx + 1, len(self)):
+            generator.manual_seed(mixed_seed(module.seed, unit, step, module.global_rank, 1))
+            yield cache.minibatch(sample_index(len(cache), module.batch_size, generator))
+
+
+def _images_and_labels(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """Images and, if there are any, labels of a validation batch."""
+    if isinstance(batch, dict):
+        batch = list(batch.values())
+    if isinstance(batch, (tuple, list)):
+        return batch[0], batch[1] if len(batch) > 1 and isinstance(batch[1], Tensor) else None
+    return batch, None

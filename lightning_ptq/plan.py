@@ -1,0 +1,65 @@
+"""What a calibration would do, unit by unit, without running anything."""
+
+from __future__ import annotations
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lightning_ptq.config import QuantConfig
+from lightning_ptq.errors import PTQError
+from lightning_ptq.graph import ChainPair
+from lightning_ptq.graph.units import Chain
+
+
+def unit_shapes(chain: Chain, image_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Shape of one image (C, H, W) and of every unit's output for it, from shapes alone.
+
+    Raises:
+        PTQError: images of this shape do not fit a unit, which is named.
+    """
+    shapes = [tuple(image_shape)]
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        x = torch.empty(1, *image_shape)
+        for name, unit in zip(chain.names, chain.units, strict=True):
+            try:
+                x = unit(x)
+            except (RuntimeError, ValueError, TypeError) as error:
+                raise PTQError(
+                    f"images of shape {tuple(image_shape)} do not fit the model: unit {name!r} fails on its input "
+                    f"{shapes[-1]}: {error}. Set data.resize and data.crop to what the model was trained on."
+                ) from None
+            shapes.append(tuple(x.shape[1:]))
+    return shapes
+
+
+def plan_text(chains: ChainPair, quant: QuantConfig, image_shape: tuple[int, ...], samples: int) -> str:
+    """One line for each unit with shapes, parameters and cache size, one for each layer, and what stays float."""
+    shapes = unit_shapes(chains.teacher, image_shape)
+    lines = [
+        f"{len(chains.student)} units for {samples} calibration images of shape {_shape(shapes[0])}, "
+        f"W{quant.weight_bits}A{quant.act_bits}, edges {quant.edges}, placement {quant.placement}",
+        "",
+        f"{'unit':<32} {'output':>15} {'parameters':>12} {'cache MiB':>10}",
+    ]
+    for k, name in enumerate(chains.student.names):
+        layers = [layer for layer in chains.layers if layer.unit == k]
+        # Teacher's and student's input and the teacher's output, float32.
+        cache = samples * 4 * (2 * _numel(shapes[k]) + _numel(shapes[k + 1]))
+        title = f"{k + 1:>3}  {name}"
+        parameters = sum(layer.parameters for layer in layers)
+        lines.append(f"{title:<32} {_shape(shapes[k + 1]):>15} {parameters:>12,} {cache / 2**20:>10.1f}")
+        lines += [
+            f"       {layer.name:<36} {layer.kind:<8} W{layer.weight_bits} A{layer.act_bits} {layer.parameters:>12,}"
+            for layer in layers
+        ]
+    lines += ["", "stays in floating point:"]
+    lines += [f"  {op.name}: {op.reason}" for op in chains.floats] or ["  nothing with parameters"]
+    return "\n".join(lines)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
