@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
+from lightning_ptq.allocator import keep_freed_memory
 from lightning_ptq.cache import Minibatch, UnitCache, fits_on_device, mixed_seed, sample_index
 from lightning_ptq.calibration import RANGE_IMAGES, UnitReport, estimate_ranges, finish_unit
 from lightning_ptq.callbacks import model_callbacks
@@ -141,6 +142,8 @@ class PTQModule(L.LightningModule):
         if stage != "fit":
             return
         check_trainer(self.trainer)
+        if self.trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
         loop, units = self.trainer.fit_loop, len(self.student)
         loop.max_epochs = units if loop.max_epochs is None or loop.max_epochs < 0 else min(units, loop.max_epochs)
         if self.trainer.check_val_every_n_epoch == 1:
@@ -339,7 +342,7 @@ class PTQModule(L.LightningModule):
         if self.method.input == "fp":
             return batch.teacher_in
         keep = self._drop.keep(batch.student_in) if self.method.input == "mix" else None
-        return batch.student_in if keep is None else torch.where(keep, batch.student_in, batch.teacher_in)
+        return batch.student_in if keep is None else torch.lerp(batch.teacher_in, batch.student_in, keep)
 
     def _set_rates(self, progress: float) -> None:
         """Learning rates as a function of progress alone, so that resuming needs no scheduler state."""

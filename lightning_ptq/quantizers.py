@@ -34,13 +34,15 @@ class DropMask:
         self._generator.manual_seed(seed)
 
     def keep(self, x: Tensor) -> Tensor | None:
-        """Boolean mask of x's shape, True where the quantized value is used; None: quantize everything."""
+        """Mask of x's shape: 1 where the quantized value is used, 0 where the float; None: quantize everything."""
         if self.threshold == 0:
             return None
         n = x.numel()
         words = torch.empty((n + 7) // 8, dtype=torch.int64, device=x.device)
         words.random_(-(2**63), None, generator=self._generator)
-        return (words.view(torch.uint8)[:n] >= self.threshold).view(x.shape)
+        bytes_ = words.view(torch.uint8)[:n].to(torch.float32)
+        # 1 from the threshold on and 0 below it; arithmetic, since comparing costs more on the CPU.
+        return bytes_.sub_(self.threshold - 1).clamp_(0.0, 1.0).view(x.shape)
 
 
 class ActQuantizer(nn.Module):
@@ -239,4 +241,4 @@ def float_mode(module: nn.Module) -> Iterator[None]:
 
 def scales_are_finite(module: nn.Module) -> bool:
     """Whether every activation scale below `module` is a finite positive number."""
-    return all(math.isfinite(scale) and scale > 0 for scale in (float(q.scale) for q in act_quantizers(module)))
+    return all(math.isfinite(scale) and scale > 0 for scale in (float(q.scale.detach()) for q in act_quantizers(module)))

@@ -78,9 +78,10 @@ class Histogram:
     def _move(self, width: float, first: int) -> None:
         """Re-bin to bins of `width` (a power of two times the present one) that start at `first`."""
         if (width, first) != (self.width, self.first):
-            ratio = round(width / self.width)
-            index = torch.div(torch.arange(_BINS) + self.first, ratio, rounding_mode="floor") - first
             used = self.counts > 0
+            # In float64 and through the bins' lower ends, which powers of two keep exact at any ratio of widths.
+            index = (torch.arange(_BINS) + self.first).double() * self.width
+            index = (index / width).floor().long() - first
             self.counts = torch.zeros_like(self.counts).index_add_(0, index[used], self.counts[used])
             self.width, self.first = width, first
 

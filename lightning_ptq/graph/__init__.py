@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from torch import fx, nn
 
-from lightning_ptq.config import Granularity, QuantConfig
+from lightning_ptq.config import Granularity, QuantConfig, check_option
 from lightning_ptq.graph.fold import fold_batch_norm, normalise
 from lightning_ptq.graph.placement import FloatOp, Placement, float_ops, place_quantizers
 from lightning_ptq.graph.trace import trace
@@ -60,8 +61,10 @@ def build_chain(
         leaf_modules: patterns of qualified names of modules to keep whole, in float, instead of tracing them.
 
     Raises:
-        PTQError: the model cannot be traced or has nothing to quantize; a pattern matches nothing.
+        PTQError: the model cannot be traced or has nothing to quantize; a pattern matches nothing; an
+            unknown granularity.
     """
+    check_option(granularity, get_args(Granularity), "granularity")
     gm = trace(model, leaf_modules)
     normalise(gm)
     fold_batch_norm(gm)

@@ -204,9 +204,9 @@ def op_kind(node: fx.Node, kinds: Mapping[fx.Node, Kind]) -> Kind:
             if first == "tuple":
                 return "tensor" if isinstance(node.args[1], int) else "tuple"
             return first
-        if "opaque" in inputs or "tuple" in inputs:
-            return "opaque"
-        return "tensor" if module == "_operator" and "tensor" in inputs else "scalar"
+        if module == "_operator" and "tensor" in inputs:
+            return "tensor"
+        return "opaque" if "opaque" in inputs or "tuple" in inputs else "scalar"
     if not is_torch_op(node):
         return "opaque"
     if node.op == "call_method" and first != "tensor":

@@ -80,7 +80,7 @@ def test_every_layer_without_a_layer_before_it_is_a_first_one():
 
 
 def test_an_override_that_matches_no_layer_is_refused():
-    with pytest.raises(PTQError, match="'layer9.*' matches none"):
+    with pytest.raises(PTQError, match=r"'layer9\.\*' matches none"):
         build_chain(Residual().eval(), QuantConfig(overrides={"layer9.*": {"act_bits": 8}}), "layer")
 
 

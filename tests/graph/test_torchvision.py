@@ -9,10 +9,10 @@ from lightning_ptq.config import QuantConfig
 from lightning_ptq.graph import build_chain
 
 TRANSFORMERS = ("vit", "swin", "maxvit")
-# More of the same blocks, too large to run here: 80 million parameters and more.
+# More of the same blocks, too large or slow to run here.
 LARGE = {"regnet_y_128gf", "regnet_y_32gf", "regnet_y_16gf", "regnet_x_32gf", "convnext_base", "convnext_large"}
 LARGE |= {"vgg11", "vgg13", "vgg13_bn", "vgg16_bn", "vgg19", "vgg19_bn", "efficientnet_v2_l", "wide_resnet101_2"}
-LARGE |= {"resnext101_32x8d", "resnext101_64x4d"}
+LARGE |= {"resnext101_32x8d", "resnext101_64x4d", "efficientnet_b5", "efficientnet_b6", "efficientnet_b4"}
 MODELS = [
     name
     for name in torchvision.models.list_models(module=torchvision.models)
@@ -75,13 +75,14 @@ def random_model(name: str) -> nn.Module:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_chains_equal_the_model_and_every_layer_is_quantized(name):
-    model = random_model(name)
+    # In fp64, since random deep networks can be chaotic: efficientnet_v2_m in fp32 is 20 % off itself in fp64.
+    model = random_model(name).double()
     called = []
     for path, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(lambda module, args, output, path=path: called.append(path))
     size = SIZES.get(name, 64)
-    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     with torch.no_grad():
         expected = model(x)
     layers, called[:] = list(called), []
@@ -91,9 +92,11 @@ def test_chains_equal_the_model_and_every_layer_is_quantized(name):
         teacher, student = pair.teacher(x), pair.student(x)
 
     assert expected.isfinite().all()
-    assert expected.abs().max() > 0
+    # What the image changes, not the size of the output: some random networks hardly look at their input.
+    scale = (expected[0] - expected[1]).abs().max()
+    assert scale > 0
     for actual in (teacher, student):
-        assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert (actual - expected).abs().max() <= 1e-5 * scale
     assert sorted(plan.name for plan in pair.layers) == sorted(layers)
     assert len(set(pair.student.names)) == len(pair.student)
     assert {plan.unit for plan in pair.layers} == set(range(len(pair.student)))

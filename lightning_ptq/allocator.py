@@ -1,0 +1,26 @@
+"""Keep freed host memory in the process.
+
+A calibration step on the CPU allocates and frees the same few megabytes some hundred times. glibc gives blocks of that
+size back to the kernel each time, and zeroing the pages anew takes longer than the arithmetic on them
+(`benchmarks/allocator.py` prints by how much).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEEP_BYTES = 2**30
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to reuse blocks of up to 1 GiB instead of unmapping them; False where there is no glibc."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return all(mallopt(option, _KEEP_BYTES) == 1 for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD))

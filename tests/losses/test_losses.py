@@ -1,0 +1,148 @@
+"""Loss terms against slow references written from their formulas."""
+
+import math
+
+import pytest
+import torch
+
+from lightning_ptq.losses import Objective, Reconstruction, Term, UnitBatch, reconstruction_loss
+from lightning_ptq.losses.base import BALANCE_STEPS
+from lightning_ptq.losses.contrastive import (
+    Contrastive,
+    ContrastiveConfig,
+    collision_free,
+    infonce_loss,
+    nce_loss,
+    similarities,
+)
+from lightning_ptq.losses.rounding import annealed_beta, rounding_loss
+
+torch.manual_seed(0)
+
+
+def unit_batch(student: torch.Tensor, teacher: torch.Tensor, step: int = 0, **changes: object) -> UnitBatch:
+    values = {"student_out": student, "teacher_out": teacher, "teacher_features": teacher, "tail": lambda x: x}
+    values |= {"student_unit": torch.nn.Identity(), "unit": 0, "step": step, "progress": 0.5}
+    return UnitBatch(**(values | changes))
+
+
+def slow_infonce(student: torch.Tensor, teacher: torch.Tensor, tau: float, negative: list[list[bool]]) -> float:
+    n, total = len(student), 0.0
+    cosine = torch.nn.functional.cosine_similarity
+    for i in range(n):
+        s = [float(cosine(student[i], teacher[j], dim=0)) / tau for j in range(n)]
+        others = sum(math.exp(s[j]) for j in range(n) if negative[i][j])
+        total -= math.log(math.exp(s[i]) / (math.exp(s[i]) + others))
+    return total / n
+
+
+def slow_nce(student: torch.Tensor, teacher: torch.Tensor, tau: float, negative: list[list[bool]]) -> float:
+    n = len(student)
+    cosine = torch.nn.functional.cosine_similarity
+    s = [[float(cosine(student[i], teacher[j], dim=0)) / tau for j in range(n)] for i in range(n)]
+    positives = sum(math.log1p(math.exp(-s[i][i])) for i in range(n)) / n
+    pairs = [(i, j) for i in range(n) for j in range(n) if negative[i][j]]
+    return positives + sum(math.log1p(math.exp(s[i][j])) for i, j in pairs) / max(len(pairs), 1)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize(("loss", "slow"), [(infonce_loss, slow_infonce), (nce_loss, slow_nce)])
+def test_contrastive_losses_equal_their_formulas(loss: object, slow: object, mask: bool) -> None:
+    student, teacher = torch.randn(6, 4).double(), torch.randn(6, 4).double()
+    classes = teacher.argmax(1).tolist()
+    negative = [[i != j and not (mask and classes[i] == classes[j]) for j in range(6)] for i in range(6)]
+    masked = collision_free(teacher, mask)
+    assert masked.tolist() == negative
+    value = loss(similarities(student, teacher, 0.2), masked)
+    assert float(value) == pytest.approx(slow(student, teacher, 0.2, negative), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", [infonce_loss, nce_loss])
+def test_contrastive_gradients(loss: object) -> None:
+    logits = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+    negatives = collision_free(torch.randn(5, 3))
+    assert torch.autograd.gradcheck(lambda s: loss(s, negatives), (logits,))
+
+
+@pytest.mark.parametrize("loss", ["infonce", "nce"])
+def test_contrastive_term_is_invariant_and_lowest_for_a_perfect_student(loss: str) -> None:
+    term = Contrastive(ContrastiveConfig(loss=loss))
+    teacher = torch.randn(16, 10)
+    student = teacher + 0.5 * torch.randn(16, 10)
+    order = torch.randperm(16)
+    value = term(unit_batch(student, teacher))
+    torch.testing.assert_close(term(unit_batch(student[order], teacher[order])), value)
+    assert term(unit_batch(teacher, teacher)) < value
+
+
+@pytest.mark.parametrize("loss", ["infonce", "nce"])
+def test_contrastive_term_stays_finite(loss: str) -> None:
+    term = Contrastive(ContrastiveConfig(loss=loss, temperature=0.01))
+    same_class = torch.ones(4, 3) * torch.tensor([3.0, 1.0, 0.0])
+    for student in (torch.zeros(4, 3), same_class, same_class * 1e6):
+        student = student.clone().requires_grad_()
+        value = term(unit_batch(student, same_class))
+        value.backward()
+        assert value.isfinite()
+        assert student.grad.isfinite().all()
+
+
+def test_dense_outputs_are_pooled_over_positions() -> None:
+    teacher = torch.randn(4, 5, 3, 3)
+    term = Contrastive(ContrastiveConfig())
+    flat = teacher.mean((2, 3))
+    torch.testing.assert_close(term(unit_batch(teacher, teacher)), term(unit_batch(flat, flat)))
+
+
+def test_reconstruction_sums_channels_and_averages_the_rest() -> None:
+    student, teacher = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    slow = sum(
+        float((student[b, c, i, j] - teacher[b, c, i, j]) ** 2)
+        for b in range(2) for c in range(3) for i in range(4) for j in range(5)
+    ) / (2 * 4 * 5)  # fmt: skip
+    assert float(reconstruction_loss(student, teacher)) == pytest.approx(slow, rel=1e-5)
+
+
+def test_rounding_loss_is_zero_only_where_rounding_is_decided() -> None:
+    assert float(rounding_loss(torch.tensor([-20.0, 20.0]), 2.0)) == 0.0
+    assert float(rounding_loss(torch.zeros(3), 7.0)) == pytest.approx(3.0)
+    alpha = torch.randn(9, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a: rounding_loss(a, 3.0), (alpha,))
+
+
+def test_beta_is_off_during_warmup_and_falls_linearly() -> None:
+    assert annealed_beta(0.19) is None
+    assert [annealed_beta(p) for p in (0.2, 0.6, 1.0)] == pytest.approx([20.0, 11.0, 2.0])
+
+
+class Pull(Term):
+    """A term whose gradient at the output is a known multiple of the output."""
+
+    rho = 0.25
+
+    def forward(self, batch: UnitBatch) -> torch.Tensor:
+        return 7.0 * batch.student_out.square().sum()
+
+
+def test_balance_sets_the_gradient_norm_and_freezes_it() -> None:
+    objective = Objective({"reconstruction": Reconstruction(), "pull": Pull()}, units=2)
+    teacher = torch.randn(4, 3)
+    ratios = []
+    for step in range(BALANCE_STEPS + 3):
+        student = torch.randn(4, 3, requires_grad=True)
+        terms = objective(unit_batch(student, teacher, step))
+        rec = torch.autograd.grad(reconstruction_loss(student, teacher), student)[0].norm()
+        ratios.append(float(rec / (14.0 * student.detach()).norm()))
+        expected = 0.25 * sum(ratios[:BALANCE_STEPS]) / min(step + 1, BALANCE_STEPS)
+        assert float(terms["pull"].detach()) == pytest.approx(expected * float(7.0 * student.detach().square().sum()), rel=1e-4)
+    assert objective.ratio_sums[1].sum() == 0
+
+
+def test_a_term_without_gradient_weighs_nothing() -> None:
+    class Constant(Pull):
+        def forward(self, batch: UnitBatch) -> torch.Tensor:
+            return 0.0 * batch.student_out.sum()
+
+    student = torch.randn(4, 3, requires_grad=True)
+    terms = Objective({"reconstruction": Reconstruction(), "constant": Constant()}, 1)(unit_batch(student, student + 1))
+    assert float(terms["constant"].detach()) == 0.0

@@ -1,0 +1,78 @@
+"""Numerics against brute force over the integer grid and autograd's own derivatives."""
+
+import pytest
+import torch
+
+from lightning_ptq import functional as F
+
+
+def brute_force(x: float, scale: float, zero_point: int, qmin: int, qmax: int) -> float:
+    """Nearest representable value by trying all of them."""
+    grid = [(q - zero_point) * scale for q in range(qmin, qmax + 1)]
+    return min(grid, key=lambda v: abs(v - x))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_fake_quantize_gives_the_nearest_grid_point(bits: int, symmetric: bool) -> None:
+    qmin, qmax = F.integer_range(bits, symmetric)
+    scale, zero = F.qparams(torch.tensor(-0.7), torch.tensor(1.9), bits, symmetric)
+    x = torch.linspace(-2.013, 3.017, 211)
+    y = F.fake_quantize(x, scale.log(), qmin - float(zero), qmax - float(zero))
+    expected = [brute_force(v, float(scale), int(zero), qmin, qmax) for v in x.tolist()]
+    torch.testing.assert_close(y, torch.tensor(expected), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_qparams_cover_the_range_and_hold_zero(bits: int, symmetric: bool) -> None:
+    low, high = torch.tensor([-3.0, 0.5, -2.0, 0.0]), torch.tensor([1.0, 2.0, -1.0, 0.0])
+    scale, zero = F.qparams(low, high, bits, symmetric)
+    qmin, qmax = F.integer_range(bits, symmetric)
+    assert ((scale > 0) & scale.isfinite()).all()
+    assert ((zero >= qmin) & (zero <= qmax) & (zero == zero.round())).all()
+    half = scale / 2 + 1e-6
+    assert ((qmin - zero) * scale <= low.clamp(max=0) + half).all()
+    assert ((qmax - zero) * scale >= high.clamp(min=0) - half).all()
+
+
+def test_quantize_of_dequantize_is_the_identity() -> None:
+    q = torch.arange(16.0)
+    scale, zero = torch.tensor(0.37), torch.tensor(5.0)
+    torch.testing.assert_close(F.quantize(F.dequantize(q, scale, zero), scale, zero, 0, 15), q)
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_gradients_are_those_of_lsq(drop: bool) -> None:
+    """The same function written with a straight-through round, differentiated by autograd in float64."""
+    torch.manual_seed(0)
+    x = torch.randn(64, dtype=torch.float64) * 2
+    keep = (torch.rand(64) < 0.5).float() if drop else None
+    low, high, log_scale = -1.0, 2.0, torch.tensor(-0.3, dtype=torch.float64)
+    weight = torch.randn(64, dtype=torch.float64)
+
+    xs, ls = x.clone().requires_grad_(), log_scale.clone().requires_grad_()
+    position = xs / ls.exp()
+    rounded = position + (position.round() - position).detach()
+    inside = (position.round() >= low) & (position.round() <= high)
+    y = torch.where(inside, rounded, position.detach().round().clamp(low, high)) * ls.exp()
+    y = y if keep is None else torch.where(keep > 0, y, xs)
+    (y * weight).sum().backward()
+
+    xf, lf = x.float().requires_grad_(), log_scale.float().requires_grad_()
+    (F.fake_quantize(xf, lf, low, high, keep) * weight.float()).sum().backward()
+    torch.testing.assert_close(xf.grad, xs.grad.float())
+    torch.testing.assert_close(lf.grad, ls.grad.float() * (64 * 2) ** -0.5, atol=1e-5, rtol=1e-5)
+
+
+def test_half_precision_input_is_computed_in_float32() -> None:
+    x = torch.full((4,), 200.4)
+    y = F.fake_quantize(x.bfloat16(), torch.tensor(0.0), 0.0, 255.0)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, x.bfloat16().float().round())
+
+
+def test_rectified_sigmoid_is_inverted() -> None:
+    h = torch.linspace(0.0, 1.0, 101, dtype=torch.float64)
+    torch.testing.assert_close(F.rectified_sigmoid(F.inverse_rectified_sigmoid(h)), h)
+    assert F.rectified_sigmoid(torch.tensor([-50.0, 50.0])).tolist() == [0.0, 1.0]

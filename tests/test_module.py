@@ -1,0 +1,231 @@
+"""One fit, one epoch for each unit: what changes, what does not, what is left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_ptq import Term, UnitBatch
+from lightning_ptq.quantizers import act_quantizers, weight_quantizers
+from tests.helpers import quantization_state, tiny_data, tiny_images, tiny_module, tiny_net, trainer
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, L.Trainer, Path]:
+    folder = tmp_path_factory.mktemp("run")
+    module, fit = tiny_module(steps_per_unit=60), trainer(folder)
+    fit.fit(module, datamodule=tiny_data())
+    return module, fit, folder
+
+
+def test_every_unit_is_calibrated_once_and_in_order(fitted) -> None:
+    module, fit, _ = fitted
+    assert tuple(report.name for report in module.reports) == module.student.names
+    assert fit.current_epoch == len(module.student) == 4
+    assert fit.global_step == 4 * 60
+
+
+def test_calibration_lowers_the_error_of_units(fitted) -> None:
+    module, _, _ = fitted
+    better = [r.mse_after < r.mse_before for r in module.reports]
+    assert sum(better) >= 3
+    assert all(r.mse_after <= r.mse_before for r in module.reports if r.accepted)
+
+
+def test_only_quantization_parameters_change(fitted) -> None:
+    module, _, _ = fitted
+    fresh = tiny_module()
+    for key, value in fresh.state_dict().items():
+        learned = key.endswith(("alpha", "log_scale", "scale", "zero_point", "ready", "ratio_sums"))
+        assert learned or torch.equal(module.state_dict()[key], value), key
+    x = tiny_images(4)
+    torch.testing.assert_close(module.teacher(x), tiny_net()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_summary_json_has_every_field_and_real_values(fitted) -> None:
+    module, fit, folder = fitted
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary) >= {
+        "model", "method", "contrastive", "weight_bits", "act_bits", "edges", "placement", "granularity", "seed",
+        "calibration_samples", "steps_per_unit", "teacher_top1", "nearest_top1", "student_top1", "teacher_agreement",
+        "wall_seconds", "peak_rss_bytes", "peak_device_bytes", "units",
+    }  # fmt: skip
+    assert (summary["model"], summary["method"], summary["seed"], summary["calibration_samples"]) == (
+        "TinyNet", "qdrop", 3, 40,
+    )  # fmt: skip
+    assert summary["teacher_top1"] == 100.0, "the labels are the teacher's"
+    validation, _ = (torch.cat(t) for t in zip(*tiny_data().val_dataloader(), strict=True))
+    with torch.no_grad():
+        agreement = 100.0 * float((module(validation).argmax(1) == tiny_net()(validation).argmax(1)).float().mean())
+    assert summary["teacher_agreement"] == pytest.approx(agreement, abs=1e-3)
+    assert summary["student_top1"] == pytest.approx(agreement, abs=1e-3)
+    assert set(summary["wall_seconds"]) == {"ranges", "calibration", "validation", "total"}
+    assert 0 < summary["wall_seconds"]["ranges"] < summary["wall_seconds"]["total"]
+    assert summary["peak_rss_bytes"] > 2**20
+    for unit in summary["units"]:
+        assert set(unit) == {
+            "name", "mse_before", "mse_after", "sqnr_db", "mi_lower_bound_nats", "flipped_fraction", "accepted", "seconds",
+        }  # fmt: skip
+        assert unit["seconds"] > 0
+
+
+def test_reported_errors_are_those_of_the_finished_units(fitted) -> None:
+    module, _, _ = fitted
+    x = y = tiny_images(40)
+    with torch.no_grad():
+        for report, student, teacher in zip(module.reports, module.student.units, module.teacher.units, strict=True):
+            x, y = student(x), teacher(y)
+            error = float((x - y).square().sum(1).mean())
+            assert error == pytest.approx(report.mse_after if report.accepted else report.mse_before, rel=1e-3)
+
+
+def test_nearest_learns_nothing(tmp_path: Path) -> None:
+    module = tiny_module(method="nearest")
+    trainer(tmp_path).fit(module, datamodule=tiny_data())
+    assert module.steps_per_unit == 1
+    for q in act_quantizers(module.student):
+        assert torch.equal(q.log_scale, q.initial_log_scale)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["student_top1"] == summary["nearest_top1"]
+    assert all(unit["flipped_fraction"] == 0 for unit in summary["units"])
+
+
+@pytest.mark.parametrize("method", ["adaround", "brecq", "qdrop"])
+@pytest.mark.parametrize("contrastive", [False, True])
+def test_every_method_runs_and_moves_what_it_learns(tmp_path: Path, method: str, contrastive: bool) -> None:
+    module = tiny_module(method=method, contrastive=contrastive, steps_per_unit=20, rounding_lr=0.1, scale_lr=0.01)
+    trainer(tmp_path).fit(module, datamodule=tiny_data())
+    scales = [not torch.equal(q.log_scale, q.initial_log_scale) for q in act_quantizers(module.student)]
+    assert any(scales) == (method != "adaround")
+    assert any(report.flipped_fraction > 0 for report in module.reports)
+    if contrastive:
+        assert (module.objective.ratio_sums[:, 2] > 0).all()
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block", "stage", "net"])
+def test_granularity_sets_the_number_of_epochs(tmp_path: Path, granularity: str) -> None:
+    module = tiny_module(granularity=granularity, steps_per_unit=2)
+    fit = trainer(tmp_path, enable_checkpointing=False)
+    fit.fit(module, datamodule=tiny_data())
+    assert fit.current_epoch == len(module.student)
+
+
+def test_harm_is_rolled_back_and_reported(tmp_path: Path) -> None:
+    module = tiny_module(rounding_lr=1e3, scale_lr=30.0, steps_per_unit=10)
+    trainer(tmp_path).fit(module, datamodule=tiny_data())
+    rolled_back = [report for report in module.reports if not report.accepted]
+    assert rolled_back
+    for report in rolled_back:
+        unit = module.student.units[module.student.names.index(report.name)]
+        assert all(torch.equal(q.log_scale, q.initial_log_scale) for q in act_quantizers(unit))
+        assert report.flipped_fraction == 0
+    assert all(p.isfinite().all() for p in module.student.parameters())
+
+
+def test_a_user_term_joins_the_objective(tmp_path: Path) -> None:
+    class Count(Term):
+        calls = 0
+
+        def forward(self, batch: UnitBatch) -> torch.Tensor:
+            Count.calls += 1
+            assert batch.tail(batch.student_out).shape == batch.teacher_features.shape
+            return 0.0 * batch.student_out.sum()
+
+    module = tiny_module(terms={"count": Count()})
+    trainer(tmp_path).fit(module, datamodule=tiny_data())
+    assert Count.calls == 4 * 6
+
+
+def test_minibatches_hold_different_images_and_follow_the_seed() -> None:
+    from lightning_ptq.cache import mixed_seed, sample_index
+
+    def draw(*parts: int) -> list[int]:
+        return sample_index(40, 32, torch.Generator().manual_seed(mixed_seed(*parts))).tolist()
+
+    assert len(set(draw(0, 1, 2, 0))) == 32
+    assert draw(0, 1, 2, 0) == draw(0, 1, 2, 0)
+    others = [draw(*p) for p in ((1, 1, 2, 0), (0, 2, 2, 0), (0, 1, 3, 0), (0, 1, 2, 1), (0, 2, 1, 0))]
+    assert draw(0, 1, 2, 0) not in others
+
+
+def test_terms_are_logged_by_unit_to_the_users_logger(tmp_path: Path) -> None:
+    module = tiny_module()
+    logger = CSVLogger(tmp_path)
+    trainer(tmp_path, logger=logger).fit(module, datamodule=tiny_data())
+    logger.save()
+    header = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0].split(",")
+    for name in module.student.names:
+        assert {f"units/{name}/reconstruction", f"units/{name}/rounding", f"units/{name}/mse_after"} <= set(header)
+
+
+def test_fast_dev_run_touches_one_unit_and_writes_nothing(tmp_path: Path) -> None:
+    module = tiny_module()
+    trainer(tmp_path, fast_dev_run=True).fit(module, datamodule=tiny_data())
+    assert len(module.reports) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_networks_stay_in_eval_mode() -> None:
+    module = tiny_module().train()
+    assert module.training
+    assert not any(m.training for m in [*module.teacher.modules(), *module.student.modules()])
+
+
+def test_predict_validate_and_test_use_the_calibrated_student(fitted, tmp_path: Path) -> None:
+    module, _, _ = fitted
+    data = tiny_data()
+    (metrics,) = trainer(tmp_path).validate(module, datamodule=data, verbose=False)
+    assert trainer(tmp_path).test(module, datamodule=data, verbose=False)[0] == metrics
+    outputs = torch.cat(trainer(tmp_path).predict(module, dataloaders=data.val_dataloader()))
+    with torch.no_grad():
+        torch.testing.assert_close(outputs, torch.cat([module(x) for x, _ in data.val_dataloader()]))
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed"])
+def test_mixed_precision_keeps_quantizers_in_float32(tmp_path: Path, precision: str) -> None:
+    module = tiny_module(contrastive=True)
+    trainer(tmp_path, precision=precision).fit(module, datamodule=tiny_data())
+    assert all(p.dtype == torch.float32 for p in module.parameters())
+    assert all(p.isfinite().all() for p in quantization_state(module).values())
+
+
+def test_at_bf16_an_8_bit_quantizer_still_hits_every_integer() -> None:
+    q = act_quantizers(tiny_module().student)[0]
+    q.set_range(torch.tensor(1.0), torch.tensor(0.0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        values = q(torch.arange(256.0))
+    assert torch.equal(values, torch.arange(256.0))
+
+
+def test_validation_needs_no_labels(tmp_path: Path) -> None:
+    from lightning_ptq import CalibrationDataModule
+
+    data = CalibrationDataModule.from_loaders(tiny_images().split(16), [tiny_images(8)], calibration_samples=40)
+    module = tiny_module()
+    trainer(tmp_path).fit(module, datamodule=data)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["student_top1"] is None
+    assert summary["teacher_agreement"] is not None
+
+
+def test_no_validation_at_all_still_finishes(tmp_path: Path) -> None:
+    from lightning_ptq import CalibrationDataModule
+
+    module = tiny_module()
+    data = CalibrationDataModule.from_loaders(tiny_images().split(16), calibration_samples=40)
+    trainer(tmp_path).fit(module, datamodule=data)
+    assert len(module.reports) == 4
+    assert json.loads((tmp_path / "summary.json").read_text())["teacher_agreement"] is None
+
+
+def test_weight_quantizers_hold_hard_rounding_in_the_end(fitted) -> None:
+    module, _, _ = fitted
+    for q in weight_quantizers(module.student):
+        assert q.alpha is not None
+        integers = q.integers(torch.zeros_like(q.alpha))
+        assert torch.equal(integers, integers.round())

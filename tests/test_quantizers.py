@@ -1,0 +1,147 @@
+"""Quantizer modules: state, rounding, drop."""
+
+import pytest
+import torch
+
+from lightning_ptq.quantizers import ActQuantizer, DropMask, WeightQuantizer, float_mode, initial_ranges
+from lightning_ptq.ranges import weight_qparams
+
+
+def ready_act(bits: int = 4, scale: float = 0.3, zero: float = 2.0) -> ActQuantizer:
+    q = ActQuantizer(bits)
+    q.set_range(torch.tensor(scale), torch.tensor(zero))
+    return q
+
+
+def ready_weight(rounding: str, bits: int = 3) -> tuple[WeightQuantizer, torch.Tensor]:
+    weight = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(0))
+    q = WeightQuantizer(weight.shape, bits, rounding=rounding)
+    q.set_range(weight, *weight_qparams(weight, "mse", bits, False, True))
+    return q, weight
+
+
+def test_a_quantizer_without_ranges_passes_floats_through() -> None:
+    x = torch.randn(3, 4)
+    assert ActQuantizer(4)(x) is x
+    assert WeightQuantizer(x.shape, 4)(x) is x
+
+
+def test_fresh_adaround_is_round_to_nearest_even_at_ties() -> None:
+    q, weight = ready_weight("adaround")
+    nearest, _ = ready_weight("nearest")
+    torch.testing.assert_close(q(weight), nearest(weight), rtol=0, atol=0)
+    ties = torch.tensor([[0.5, 1.5, 2.5, -0.5]])
+    q = WeightQuantizer(ties.shape, 4, rounding="adaround")
+    q.set_range(ties, torch.ones(1), torch.full((1,), 8.0))
+    assert q(ties).tolist() == ties.round().tolist()
+    assert q.flipped(ties) == 0
+
+
+def test_rounding_is_soft_only_while_it_is_learned() -> None:
+    q, weight = ready_weight("adaround")
+    hard = q(weight)
+    q.alpha.requires_grad_(True)
+    soft = q(weight)
+    torch.testing.assert_close(soft, weight.clamp(hard.min(), hard.max()), atol=0.5, rtol=0)
+    assert not torch.equal(soft, hard)
+    soft.sum().backward()
+    assert q.alpha.grad.abs().sum() > 0
+    with torch.no_grad():
+        assert torch.equal(q(weight), hard)
+
+
+def test_a_flipped_rounding_moves_a_weight_by_one_step() -> None:
+    q, weight = ready_weight("adaround", bits=8)
+    before = q.integers(weight)
+    q.alpha.data.neg_()
+    moved = (q.integers(weight) - before).abs()
+    assert moved.max() == 1
+    assert q.flipped(weight) == int(moved.sum())
+    q.reset_rounding(weight)
+    assert q.flipped(weight) == 0
+
+
+def test_drop_keeps_whole_elements_and_follows_the_seed() -> None:
+    x = torch.rand(1000)
+    q = ready_act(2, 0.25, 0.0)
+    q.drop = DropMask(0.5)
+    q.drop.seed(7, x.device)
+    first, second = q(x), q(x)
+    assert not torch.equal(first, second)
+    q.drop.seed(7, x.device)
+    assert torch.equal(q(x), first)
+    q.drop = None
+    full = q(x)
+    assert ((first == x) | (first == full)).all()
+    with torch.no_grad():
+        q.drop = DropMask(0.5)
+        assert torch.equal(q(x), full), "inference never drops"
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.25, 0.5, 0.9])
+def test_drop_probability(probability: float) -> None:
+    mask = DropMask(probability)
+    mask.seed(0, torch.device("cpu"))
+    x = torch.empty(100_000)
+    keep = mask.keep(x)
+    if probability == 0.0:
+        assert keep is None
+    else:
+        # Five standard deviations of a binomial, and the probability's resolution of 1/512.
+        assert abs(float(keep.float().mean()) - (1 - probability)) < 5 * 0.5 / 100_000**0.5 + 1 / 512
+
+
+def test_every_bit_of_the_random_words_is_used() -> None:
+    mask = DropMask(0.5)
+    mask.seed(0, torch.device("cpu"))
+    keep = mask.keep(torch.empty(80_000)).view(-1, 8).float().mean(0)
+    assert ((keep - 0.5).abs() < 0.03).all()
+
+
+def test_state_restores_values_and_readiness() -> None:
+    q, twin = ready_act(), ActQuantizer(4)
+    twin.load_state_dict(q.state_dict())
+    x = torch.randn(50)
+    assert torch.equal(twin(x), q(x))
+    w, weight = ready_weight("adaround")
+    other = WeightQuantizer(weight.shape, 3, rounding="adaround")
+    other.load_state_dict(w.state_dict())
+    assert torch.equal(other(weight), w(weight))
+
+
+def test_initial_ranges_and_float_mode_leave_no_trace() -> None:
+    q, x = ready_act(), torch.randn(50)
+    start = q(x)
+    q.log_scale.data.add_(0.5)
+    learned = q(x)
+    with initial_ranges(q):
+        torch.testing.assert_close(q(x), start)
+    with float_mode(q):
+        assert q(x) is x
+    assert torch.equal(q(x), learned)
+
+
+@pytest.mark.parametrize("x", [torch.zeros(8), torch.full((8,), 3.0), torch.full((8,), -1e-12)])
+def test_constant_input_gives_finite_output(x: torch.Tensor) -> None:
+    from lightning_ptq.ranges import Histogram
+
+    histogram = Histogram()
+    histogram.update(x)
+    for method in ("minmax", "mse", "percentile"):
+        q = ActQuantizer(4)
+        q.set_range(*histogram.qparams(method, 4, False))
+        assert q.scale.isfinite()
+        torch.testing.assert_close(q(x), x, atol=1e-2, rtol=1e-2)
+
+
+def test_all_zero_channels_stay_zero() -> None:
+    weight = torch.randn(4, 9)
+    weight[2] = 0
+    for method in ("minmax", "mse", "percentile"):
+        q = WeightQuantizer(weight.shape, 2, rounding="adaround")
+        q.set_range(weight, *weight_qparams(weight, method, 2, False, True))
+        assert q.scale.isfinite().all()
+        assert (q(weight)[2] == 0).all()
+        q.alpha.requires_grad_(True)
+        q(weight).sum().backward()
+        assert q.alpha.grad.isfinite().all()

@@ -1,0 +1,113 @@
+"""Resuming ends with the very same parameters as never having stopped, from every kind of checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_ptq import PTQError
+from tests.helpers import assert_equal_states, quantization_state, tiny_data, tiny_module, trainer
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "contrastive": {"module": {"contrastive": True}},
+    "brecq": {"module": {"method": "brecq"}},
+    "accumulated": {"trainer": {"accumulate_grad_batches": 2}},
+    "limited": {"trainer": {"limit_train_batches": 4}},
+    "validated each unit": {"trainer": {"check_val_every_n_epoch": 2}},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_resume_is_bit_equal_from_every_step(tmp_path: Path, case: dict[str, Any]) -> None:
+    every_step = ModelCheckpoint(tmp_path / "all", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    settings = case.get("trainer", {})
+    whole = tiny_module(steps_per_unit=4, **case.get("module", {}))
+    trainer(tmp_path / "whole", callbacks=[every_step], **settings).fit(whole, datamodule=tiny_data())
+    expected, reports = quantization_state(whole), [(r.name, r.mse_after, r.accepted) for r in whole.reports]
+    checkpoints = sorted((tmp_path / "all").glob("*.ckpt"))
+    assert len(checkpoints) >= 8
+    for checkpoint in checkpoints:
+        module = tiny_module(steps_per_unit=4, **case.get("module", {}))
+        resumed = trainer(tmp_path / f"resumed-{checkpoint.stem}", enable_checkpointing=False, **settings)
+        resumed.fit(module, datamodule=tiny_data(), ckpt_path=checkpoint)
+        assert_equal_states(quantization_state(module), expected)
+        assert [(r.name, r.mse_after, r.accepted) for r in module.reports] == reports
+
+
+def test_resume_is_bit_equal_from_the_checkpoints_that_a_fit_leaves(tmp_path: Path) -> None:
+    whole = tiny_module()
+    trainer(tmp_path / "whole").fit(whole, datamodule=tiny_data())
+    last = tmp_path / "whole" / "checkpoints" / "last.ckpt"
+    assert last.exists()
+    stopped = tiny_module()
+    trainer(tmp_path / "stopped", max_epochs=2).fit(stopped, datamodule=tiny_data())
+    module = tiny_module()
+    resumed = trainer(tmp_path / "resumed")
+    resumed.fit(module, datamodule=tiny_data(), ckpt_path=tmp_path / "stopped" / "checkpoints" / "last.ckpt")
+    assert_equal_states(quantization_state(module), quantization_state(whole))
+    finished = tiny_module()
+    trainer(tmp_path / "finished").validate(finished, datamodule=tiny_data(), ckpt_path=last, verbose=False)
+    assert_equal_states(quantization_state(finished), quantization_state(whole))
+
+
+def test_resume_after_max_steps(tmp_path: Path) -> None:
+    whole = tiny_module()
+    trainer(tmp_path / "whole").fit(whole, datamodule=tiny_data())
+    stopped = trainer(tmp_path / "stopped", max_steps=9, enable_checkpointing=False)
+    stopped.fit(tiny_module(), datamodule=tiny_data())
+    stopped.save_checkpoint(tmp_path / "middle.ckpt")
+    module = tiny_module()
+    trainer(tmp_path / "resumed").fit(module, datamodule=tiny_data(), ckpt_path=tmp_path / "middle.ckpt")
+    assert_equal_states(quantization_state(module), quantization_state(whole))
+
+
+def test_a_checkpoint_holds_no_teacher_and_only_tensors_and_primitives(tmp_path: Path) -> None:
+    trainer(tmp_path).fit(tiny_module(), datamodule=tiny_data())
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert not [key for key in checkpoint["state_dict"] if key.startswith("teacher.")]
+    assert len(checkpoint["lightning_ptq"]["reports"]) == 4
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stopped")
+    trainer(folder, max_epochs=1).fit(tiny_module(), datamodule=tiny_data())
+    return folder / "checkpoints" / "last.ckpt"
+
+
+def test_a_checkpoint_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    from lightning_ptq import PTQModule, QuantConfig
+    from tests.helpers import tiny_net
+
+    net = tiny_net()
+    net.fc.weight.data += 1e-3
+    other = PTQModule(net, QuantConfig(2, 2), steps_per_unit=6, batch_size=8, seed=3)
+    with pytest.raises(PTQError, match="a model with other weights"):
+        trainer(tmp_path).fit(other, datamodule=tiny_data(), ckpt_path=checkpoint)
+
+
+def test_a_checkpoint_of_another_config_is_refused_and_named(checkpoint: Path, tmp_path: Path) -> None:
+    from lightning_ptq import PTQModule, QuantConfig
+    from tests.helpers import tiny_net
+
+    other = PTQModule(tiny_net(), QuantConfig(2, 4), steps_per_unit=6, batch_size=8, seed=3)
+    with pytest.raises(PTQError, match="quantization config: act_bits=2 in the checkpoint, 4 here"):
+        trainer(tmp_path).validate(other, datamodule=tiny_data(), ckpt_path=checkpoint)
+    with pytest.raises(PTQError, match="calibration setting: steps_per_unit=6 in the checkpoint, 7 here"):
+        trainer(tmp_path).fit(tiny_module(steps_per_unit=7), datamodule=tiny_data(), ckpt_path=checkpoint)
+
+
+def test_a_checkpoint_of_other_images_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(PTQError, match="calibrated on other images"):
+        trainer(tmp_path).fit(tiny_module(), datamodule=tiny_data(count=32), ckpt_path=checkpoint)
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.0", "loops": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(PTQError, match="not written by lightning_ptq"):
+        trainer(tmp_path / "run").validate(tiny_module(), datamodule=tiny_data(), ckpt_path=tmp_path / "other.ckpt")
