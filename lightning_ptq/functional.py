@@ -100,10 +100,11 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, y, scale, keep = ctx.saved_tensors
-        # The gradient inside the grid and zero where the integer was clamped.
-        grad_x = torch.ops.aten.hardtanh_backward(grad, x / scale, ctx.low - 0.5, ctx.high + 0.5)
+        position = x / scale
         if keep is not None:
-            grad_x = torch.lerp(grad, grad_x, keep)
+            position.mul_(keep)  # 0 lies inside every grid: what was not quantized passes its gradient on
+        # The gradient inside the grid and zero where the integer was clamped.
+        grad_x = torch.ops.aten.hardtanh_backward(grad, position, ctx.low - 0.5, ctx.high + 0.5)
         grad_log_scale = None
         if ctx.needs_input_grad[1]:
             factor = (x.numel() * max(-ctx.low, ctx.high)) ** -0.5
@@ -118,7 +119,49 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 def rectified_sigmoid(alpha: Tensor) -> Tensor:
     """AdaRound's h(alpha) in [0, 1]: how far each weight is rounded up (Nagel et al. 2020, eq. 23)."""
-    return (torch.sigmoid(alpha) * (ZETA - GAMMA) + GAMMA).clamp(0.0, 1.0)
+    result: Tensor = _RectifiedSigmoid.apply(alpha)
+    return result
+
+
+class _RectifiedSigmoid(torch.autograd.Function):
+    """clamp((zeta - gamma) * sigmoid(alpha) + gamma, 0, 1) with a gradient of three passes and no masks."""
+
+    @staticmethod
+    def forward(ctx: Any, alpha: Tensor) -> Tensor:  # type: ignore[override]
+        sigmoid = alpha.sigmoid()
+        ctx.save_for_backward(sigmoid)
+        return (sigmoid * (ZETA - GAMMA)).add_(GAMMA).clamp_(0.0, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (sigmoid,) = ctx.saved_tensors
+        low, high = -GAMMA / (ZETA - GAMMA), (1.0 - GAMMA) / (ZETA - GAMMA)
+        grad = torch.ops.aten.hardtanh_backward(grad, sigmoid, low, high)
+        return torch.ops.aten.sigmoid_backward(grad, sigmoid).mul_(ZETA - GAMMA)
+
+
+def undecided(h: Tensor, beta: float) -> Tensor:
+    """sum(1 - |2 h - 1| ** beta): zero where every h is 0 or 1 (Nagel et al. 2020, eq. 24). Scalar out."""
+    result: Tensor = _Undecided.apply(h, beta)
+    return result
+
+
+class _Undecided(torch.autograd.Function):
+    """One power for value and gradient together: it is the dearest operation on a weight."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, beta: float) -> Tensor:  # type: ignore[override]
+        u = (h * 2.0).sub_(1.0)
+        magnitude = u.abs()
+        power = magnitude.pow(beta - 1.0)
+        ctx.save_for_backward(u, power)
+        ctx.beta = beta
+        return h.numel() - _dot(power, magnitude)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        u, power = ctx.saved_tensors
+        return torch.copysign(power, u).mul_(-2.0 * ctx.beta * grad), None
 
 
 def inverse_rectified_sigmoid(h: Tensor) -> Tensor:

@@ -53,6 +53,13 @@ class QuantConv1d(_Quantized, nn.Conv1d):
         return self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)  # type: ignore[no-any-return]
 
 
+class QuantConv3d(_Quantized, nn.Conv3d):
+    """3-d convolution with quantized weight (O, I/groups, kD, kH, kW). Shape: (N, I, D, H, W) -> (N, O, D', H', W')."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)  # type: ignore[no-any-return]
+
+
 class QuantLinear(_Quantized, nn.Linear):
     """Linear layer with quantized weight (O, I). Shape: (..., I) -> (..., O)."""
 
@@ -63,6 +70,7 @@ class QuantLinear(_Quantized, nn.Linear):
 REGISTRY: dict[type[nn.Module], type[_Quantized]] = {
     nn.Conv2d: QuantConv2d,
     nn.Conv1d: QuantConv1d,
+    nn.Conv3d: QuantConv3d,
     nn.Linear: QuantLinear,
 }
 

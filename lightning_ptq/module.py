@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
@@ -142,6 +144,8 @@ class PTQModule(L.LightningModule):
         if stage != "fit":
             return
         check_trainer(self.trainer)
+        # Both networks are frozen in eval mode on purpose.
+        warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode", PossibleUserWarning)
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
         loop, units = self.trainer.fit_loop, len(self.student)

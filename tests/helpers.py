@@ -78,6 +78,7 @@ def trainer(folder: Path, **changes: Any) -> L.Trainer:
     settings: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
+        "max_epochs": -1,
         "logger": False,
         "default_root_dir": folder,
         "enable_progress_bar": False,

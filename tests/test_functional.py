@@ -76,3 +76,18 @@ def test_rectified_sigmoid_is_inverted() -> None:
     h = torch.linspace(0.0, 1.0, 101, dtype=torch.float64)
     torch.testing.assert_close(F.rectified_sigmoid(F.inverse_rectified_sigmoid(h)), h)
     assert F.rectified_sigmoid(torch.tensor([-50.0, 50.0])).tolist() == [0.0, 1.0]
+
+
+def test_rounding_functions_have_the_gradients_of_their_formulas() -> None:
+    alpha = torch.linspace(-4.0, 4.0, 15, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(F.rectified_sigmoid, (alpha,))
+    h = torch.linspace(0.01, 0.99, 12, dtype=torch.float64, requires_grad=True)
+    for beta in (2.0, 3.7, 20.0):
+        assert torch.autograd.gradcheck(lambda h, b=beta: F.undecided(h, b), (h,))
+        formula = sum(1 - abs(2 * v - 1) ** beta for v in h.tolist())
+        assert float(F.undecided(h.detach(), beta)) == pytest.approx(formula)
+
+
+def test_decided_rounding_costs_nothing() -> None:
+    assert float(F.undecided(F.rectified_sigmoid(torch.tensor([-20.0, 20.0])), 2.0)) == 0.0
+    assert float(F.undecided(F.rectified_sigmoid(torch.zeros(3)), 7.0)) == pytest.approx(3.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from lightning_ptq.losses.base import Term, UnitBatch
 
@@ -12,7 +13,8 @@ def reconstruction_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Shapes: both (B, C, ...), scalar out.
     """
-    return (student.float() - teacher.float()).square().sum(1).mean()
+    channels = student.shape[1]
+    return mse_loss(student.float(), teacher.float()) * channels
 
 
 class Reconstruction(Term):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_ptq.functional import rectified_sigmoid
+from lightning_ptq.functional import rectified_sigmoid, undecided
 from lightning_ptq.losses.base import Term, UnitBatch
 from lightning_ptq.quantizers import weight_quantizers
 
@@ -17,13 +17,8 @@ def annealed_beta(progress: float, *, start: float = 20.0, end: float = 2.0, war
     return start + (end - start) * (progress - warmup) / (1.0 - warmup)
 
 
-def rounding_loss(alpha: Tensor, beta: float) -> Tensor:
-    """sum(1 - |2 h(alpha) - 1| ** beta): zero where every weight is rounded fully up or down (AdaRound eq. 24)."""
-    return (1.0 - (2.0 * rectified_sigmoid(alpha) - 1.0).abs().pow(beta)).sum()
-
-
 class RoundingRegularizer(Term):
-    """`rounding_loss` of every learned rounding of the unit, times `weight`.
+    """`undecided` of every learned rounding of the unit, times `weight`.
 
     Args:
         weight: 0.01 in the papers, 0.1 to 0.2 for networks with depthwise layers.
@@ -38,4 +33,4 @@ class RoundingRegularizer(Term):
         alphas = [q.alpha for q in weight_quantizers(batch.student_unit) if q.alpha is not None]
         if beta is None or not alphas:
             return torch.zeros((), device=batch.student_out.device)
-        return self.weight * torch.stack([rounding_loss(alpha, beta) for alpha in alphas]).sum()
+        return self.weight * torch.stack([undecided(rectified_sigmoid(alpha), beta) for alpha in alphas]).sum()

@@ -15,7 +15,7 @@ from lightning_ptq.losses.contrastive import (
     nce_loss,
     similarities,
 )
-from lightning_ptq.losses.rounding import annealed_beta, rounding_loss
+from lightning_ptq.losses.rounding import annealed_beta
 
 torch.manual_seed(0)
 
@@ -101,13 +101,6 @@ def test_reconstruction_sums_channels_and_averages_the_rest() -> None:
         for b in range(2) for c in range(3) for i in range(4) for j in range(5)
     ) / (2 * 4 * 5)  # fmt: skip
     assert float(reconstruction_loss(student, teacher)) == pytest.approx(slow, rel=1e-5)
-
-
-def test_rounding_loss_is_zero_only_where_rounding_is_decided() -> None:
-    assert float(rounding_loss(torch.tensor([-20.0, 20.0]), 2.0)) == 0.0
-    assert float(rounding_loss(torch.zeros(3), 7.0)) == pytest.approx(3.0)
-    alpha = torch.randn(9, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda a: rounding_loss(a, 3.0), (alpha,))
 
 
 def test_beta_is_off_during_warmup_and_falls_linearly() -> None:
