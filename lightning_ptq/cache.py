@@ -73,12 +73,12 @@ class UnitCache:
         return Minibatch(*(row.to(self.device, non_blocking=True) for row in rows), index=index)
 
     def student_out(self, count: int | None = None) -> Tensor:
-        """The student unit's output for the first `count` images, as quantized now."""
-        unit = self.student.units[self.unit]
-        return self._run(unit, self.student_in[:count], self.student.names[self.unit])
+        """The student unit's output for the first `count` images, as quantized now; finite or not."""
+        return run_chunked(self.student.units[self.unit], self.student_in[:count], self.device)
 
     def advance(self, student_out: Tensor) -> None:
         """Go to the next unit, whose student input is `student_out`."""
+        check_finite(student_out, self.student.names[self.unit])
         self.unit += 1
         # The old input goes before the new output comes: never more than three activations are held.
         self.teacher_in, self.student_in = self.teacher_out, student_out
@@ -88,12 +88,17 @@ class UnitCache:
 
     def _run(self, function: Callable[[Tensor], Tensor], x: Tensor, name: str) -> Tensor:
         out = run_chunked(function, x, self.device)
-        if not bool(torch.isfinite(out.sum())):
-            raise PTQError(
-                f"unit {name!r} gives NaN or infinite activations. Check the calibration images and the model's "
-                "weights; a layer that overflows can be kept out with `leaf_modules`."
-            )
+        check_finite(out, name)
         return out
+
+
+def check_finite(out: Tensor, name: str) -> None:
+    """Raise `PTQError` naming the unit if its output holds NaN or infinity."""
+    if not bool(torch.isfinite(out.sum())):
+        raise PTQError(
+            f"unit {name!r} gives NaN or infinite activations. Check the calibration images and the model's weights; "
+            "a layer that overflows can be kept out with `leaf_modules`."
+        )
 
 
 def fits_on_device(teacher: Chain, images: Tensor, device: torch.device) -> bool:

@@ -54,15 +54,27 @@ class UnitTQDMBar(TQDMProgressBar):
 
 
 class UnitCheckpoint(ModelCheckpoint):
-    """A checkpoint after every unit, after it was judged; `last.ckpt` is the newest one.
+    """`last.ckpt` after every unit, after it was judged, and where a fit is stopped in the middle of one.
 
     Only the newest is kept: a later unit never changes an earlier one.
     """
 
     def __init__(self) -> None:
         super().__init__(
-            filename="unit", save_last=True, every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False
+            save_top_k=0, save_last=True, every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False
         )
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """Save if the loop ends here by max_steps, max_time or a signal: after it, the epoch counts as done."""
+        loop = trainer.fit_loop.epoch_loop
+        stops = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
+        if stops and not loop.batch_progress.is_last_batch and not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save unless the unit was stopped in its middle, which a resumed run would then skip."""
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            super().on_train_epoch_end(trainer, pl_module)
 
 
 class StepCheckpoint(ModelCheckpoint):
@@ -83,10 +95,11 @@ class RunSummary(Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write and print; rank 0 only."""
+        module: PTQModule = pl_module  # type: ignore[assignment]
+        module.judge_last_unit()
         folder = run_folder(trainer)
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
-        module: PTQModule = pl_module  # type: ignore[assignment]
         module.wall_seconds["total"] += time.monotonic() - self._start
         summary = summarize(module, trainer)
         folder.mkdir(parents=True, exist_ok=True)
@@ -170,7 +183,7 @@ def model_callbacks(trainer: L.Trainer, module: PTQModule) -> list[Callback]:
         callbacks.append(UnitRichBar())
     elif type(bar) is TQDMProgressBar:
         callbacks.append(UnitTQDMBar(refresh_rate=bar.refresh_rate))
-    if any(_is_default(c) for c in trainer.checkpoint_callbacks):
+    if any(_is_default(c) for c in trainer.checkpoint_callbacks) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         callbacks.append(UnitCheckpoint())
         if module.steps_per_unit > _LONG_UNIT:
             callbacks.append(StepCheckpoint())

@@ -127,7 +127,7 @@ class PTQModule(L.LightningModule):
         self._drop = DropMask(self.method.drop)
         self._cache: UnitCache | None = None
         self._student_out: Tensor | None = None
-        self._carried_seconds = 0.0
+        self._unit_clock = self._carried_seconds = 0.0
         # Equal on all ranks by construction, and DDP wraps anew for every unit.
         self._ddp_params_and_buffers_to_ignore = [f"teacher.{name}" for name in self.teacher.state_dict()]
         # What DDP sees when it wraps for the first time, before the first unit is entered.
@@ -150,6 +150,8 @@ class PTQModule(L.LightningModule):
             keep_freed_memory()
         loop, units = self.trainer.fit_loop, len(self.student)
         loop.max_epochs = units if loop.max_epochs is None or loop.max_epochs < 0 else min(units, loop.max_epochs)
+        if self.trainer.datamodule.val_dataloader() == []:  # type: ignore[attr-defined]
+            self.trainer.limit_val_batches = 0
         if self.trainer.check_val_every_n_epoch == 1:
             # Lightning's default would validate after every unit; what counts is the finished network.
             self.trainer.check_val_every_n_epoch = max(loop.max_epochs, 1)
@@ -183,7 +185,7 @@ class PTQModule(L.LightningModule):
                 student_out=self.student.units[unit](self._unit_input(batch)),
                 teacher_out=batch.teacher_out,
                 teacher_features=batch.features,
-                tail=lambda x: self.teacher(x, start=unit + 1),
+                tail=self._tail,
                 student_unit=self.student.units[unit],
                 unit=unit,
                 step=batch_idx,
@@ -199,8 +201,7 @@ class PTQModule(L.LightningModule):
         """Inside `fit`, judge a unit whose steps are done before it is validated."""
         self._validation_clock = time.monotonic()
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
-            if self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-                self._finish(self.trainer.current_epoch)
+            self._finish_if_done()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Teacher, round-to-nearest and student on one batch of images, with or without labels."""
@@ -232,7 +233,7 @@ class PTQModule(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Judge the unit before it is written to a checkpoint."""
-        self._finish(self.trainer.current_epoch)
+        self._finish_if_done()
 
     def on_train_end(self) -> None:
         """Drop the caches: nothing that is left to do needs them."""
@@ -275,7 +276,7 @@ class PTQModule(L.LightningModule):
 
         Works from a fresh start, from the unit before, and from any checkpoint: the chain up to `unit` is replayed.
         """
-        start = time.monotonic()
+        self._unit_clock, self._carried_seconds = time.monotonic() - self._carried_seconds, 0.0
         cache = self._cache = self._cache or self._new_cache()
         while cache.unit < unit:
             # A checkpoint may have been written before its unit was judged.
@@ -292,7 +293,6 @@ class PTQModule(L.LightningModule):
             # DDP registers what requires grad when it wraps; without a new wrap the ranks diverge silently.
             strategy.model = strategy.lightning_module
             strategy.configure_ddp()
-        self._unit_clock, self._carried_seconds = start - self._carried_seconds, 0.0
 
     def _new_cache(self) -> UnitCache:
         """Load this process's calibration images, estimate ranges if there are none yet, and cache the first unit."""
@@ -317,6 +317,20 @@ class PTQModule(L.LightningModule):
         )
         return UnitCache(self.teacher, self.student, images, self.device, on_device)
 
+    def judge_last_unit(self) -> None:
+        """Judge a unit that was not because the fit resumed behind its last step, where Lightning runs no loop."""
+        loop = self.trainer.fit_loop
+        done = loop.epoch_progress.current.processed
+        if len(self.reports) < done and loop.epoch_loop.batch_progress.is_last_batch:
+            self.enter_unit(done - 1)
+            self._finish(done - 1)
+            self._cache = None
+
+    def _finish_if_done(self) -> None:
+        """Judge the current unit unless it was stopped in the middle (max_steps, max_time)."""
+        if self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._finish(self.trainer.current_epoch)
+
     def _finish(self, unit: int) -> None:
         """Judge the unit whose steps are done; once, however often it is called."""
         if self._cache is None or len(self.reports) != unit:
@@ -324,6 +338,7 @@ class PTQModule(L.LightningModule):
         seconds = time.monotonic() - self._unit_clock
         report, self._student_out = finish_unit(self._cache, lambda t: self._all(t).mean(0), seconds)
         self.reports.append(report)
+        self._unit_clock = time.monotonic()
         self.wall_seconds["calibration"] += seconds
         for logger in self.loggers:
             numbers = {k: v for k, v in report.to_dict().items() if isinstance(v, float)}
@@ -348,6 +363,11 @@ class PTQModule(L.LightningModule):
         keep = self._drop.keep(batch.student_in) if self.method.input == "mix" else None
         return batch.student_in if keep is None else torch.lerp(batch.teacher_in, batch.student_in, keep)
 
+    def _tail(self, x: Tensor) -> Tensor:
+        """The teacher from the current unit's output on, at the Trainer's precision."""
+        with self.trainer.precision_plugin.forward_context():
+            return self.teacher(x, start=self.trainer.current_epoch + 1)  # type: ignore[no-any-return]
+
     def _set_rates(self, progress: float) -> None:
         """Learning rates as a function of progress alone, so that resuming needs no scheduler state."""
         rounding, scales = self.method.rate_factors(progress)
@@ -362,9 +382,13 @@ class PTQModule(L.LightningModule):
 
     def _all(self, x: Tensor) -> Tensor:
         """`x` of every process, stacked: (world, ...)."""
-        gathered = self.all_gather(x.to(self.device))
-        assert isinstance(gathered, Tensor)
-        return gathered if self.trainer.world_size > 1 else gathered[None]
+        x = x.to(self.device).contiguous()
+        if self.trainer.world_size == 1:
+            return x[None]
+        # Not `self.all_gather`: in Lightning 2.6 it calls what torch deprecates, and no gradient is needed here.
+        parts = [torch.empty_like(x) for _ in range(self.trainer.world_size)]
+        torch.distributed.all_gather(parts, x)
+        return torch.stack(parts)
 
     def _structure(self) -> dict[str, Any]:
         """Settings that decide which parameters there are and what they mean."""

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ptq import CalibrationDataModule, PTQModule, QuantConfig
 
@@ -63,8 +64,8 @@ def tiny_data(count: int = 40) -> CalibrationDataModule:
     validation = tiny_images(30, seed=2)
     with torch.no_grad():
         labels = tiny_net()(validation).argmax(1)
-    batches = [(validation[:16], labels[:16]), (validation[16:], labels[16:])]
-    return CalibrationDataModule.from_loaders(tiny_images(count).split(16), batches, calibration_samples=count)
+    loader = DataLoader(TensorDataset(validation, labels), batch_size=16)
+    return CalibrationDataModule.from_loaders(tiny_images(count).split(16), loader, calibration_samples=count)
 
 
 def tiny_module(**changes: Any) -> PTQModule:

@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
 
 from lightning_ptq import Term, UnitBatch
 from lightning_ptq.quantizers import act_quantizers, weight_quantizers
@@ -205,7 +206,8 @@ def test_at_bf16_an_8_bit_quantizer_still_hits_every_integer() -> None:
 def test_validation_needs_no_labels(tmp_path: Path) -> None:
     from lightning_ptq import CalibrationDataModule
 
-    data = CalibrationDataModule.from_loaders(tiny_images().split(16), [tiny_images(8)], calibration_samples=40)
+    unlabelled = DataLoader(tiny_images(8), batch_size=4)
+    data = CalibrationDataModule.from_loaders(tiny_images().split(16), unlabelled, calibration_samples=40)
     module = tiny_module()
     trainer(tmp_path).fit(module, datamodule=data)
     summary = json.loads((tmp_path / "summary.json").read_text())

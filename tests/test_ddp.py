@@ -1,0 +1,77 @@
+"""Two gloo processes: identical parameters on all ranks, whatever happened before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from lightning_ptq.quantizers import act_quantizers
+from tests.helpers import assert_equal_states, quantization_state, tiny_data, tiny_module, trainer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
+    # Of torch's own process group and of Lightning's advice on spawned or forked processes.
+    pytest.mark.filterwarnings("ignore:.*barrier.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:It is recommended to use `self.log.*sync_dist=True`"),
+    pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders"),
+]
+
+
+class SameOnAllRanks(L.Callback):
+    """Fails inside the worker if ranks differ after a unit, or did not learn anything."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        for key, value in quantization_state(pl_module).items():
+            every = pl_module._all(value.float())
+            assert torch.equal(every[0], every[1]), (trainer.current_epoch, key)
+        # This hook runs before the unit is judged, so what was learned is still there. At 8 bits there is little.
+        learned = [q for q in act_quantizers(pl_module.student.units[trainer.current_epoch]) if q.bits < 8]
+        moved = [not torch.equal(q.log_scale, q.initial_log_scale) for q in learned]
+        assert all(m == (pl_module.method.scales != "none") for m in moved)
+
+
+def fit_on_two(folder: Path, ckpt_path: Path | None = None, **changes: Any) -> Any:
+    module = tiny_module(**({"steps_per_unit": 5, "rounding_lr": 0.05} | changes))
+    two = trainer(folder, devices=2, strategy="ddp_fork", callbacks=[SameOnAllRanks()], use_distributed_sampler=False)
+    two.fit(module, datamodule=tiny_data(), ckpt_path=ckpt_path)
+    return module
+
+
+@pytest.mark.parametrize("changes", [{}, {"contrastive": True}, {"method": "brecq"}, {"method": "nearest"}])
+def test_all_ranks_leave_every_unit_with_the_same_parameters(tmp_path: Path, changes: dict[str, Any]) -> None:
+    module = fit_on_two(tmp_path, **changes)
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert len(checkpoint["lightning_ptq"]["reports"]) == len(module.student)
+
+
+def test_resume_on_two_processes_is_bit_equal(tmp_path: Path) -> None:
+    fit_on_two(tmp_path / "whole")
+    stopped = tiny_module(steps_per_unit=5, rounding_lr=0.05)
+    two = trainer(tmp_path / "stopped", devices=2, strategy="ddp_fork", max_steps=8, use_distributed_sampler=False)
+    two.fit(stopped, datamodule=tiny_data())
+    fit_on_two(tmp_path / "resumed", ckpt_path=tmp_path / "stopped" / "checkpoints" / "last.ckpt")
+    states = [
+        torch.load(tmp_path / run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for run in ("whole", "resumed")
+    ]
+    assert_equal_states(*states)
+
+
+def test_ranges_are_those_of_one_process_on_the_same_images(tmp_path: Path) -> None:
+    fit_on_two(tmp_path / "two", method="nearest")
+    one = tiny_module(method="nearest")
+    trainer(tmp_path / "one").fit(one, datamodule=tiny_data())
+    two = torch.load(tmp_path / "two" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    for key, value in quantization_state(one).items():
+        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_a_share_smaller_than_a_batch_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="batch_size=24 needs that many different images.*on each of 2 processes"):
+        fit_on_two(tmp_path, batch_size=24)
