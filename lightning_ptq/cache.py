@@ -6,6 +6,7 @@ Each unit is run once over the images for each advance; the units before it are 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -35,13 +36,12 @@ def run_chunked(function: Callable[[Tensor], Tensor], x: Tensor, device: torch.d
 
 
 class Minibatch(NamedTuple):
-    """What one step reads: rows `index` of the caches, on the compute device; all (B, ...)."""
+    """What one step reads: the same rows of every cache, on the compute device; all (B, ...)."""
 
     student_in: Tensor
     teacher_in: Tensor
     teacher_out: Tensor
     features: Tensor
-    index: Tensor
 
 
 class UnitCache:
@@ -70,7 +70,7 @@ class UnitCache:
         """Rows `index` (B,) of the caches."""
         index = index.to(self.teacher_in.device)
         rows = (t.index_select(0, index) for t in (self.student_in, self.teacher_in, self.teacher_out, self.features))
-        return Minibatch(*(row.to(self.device, non_blocking=True) for row in rows), index=index)
+        return Minibatch(*(row.to(self.device, non_blocking=True) for row in rows))
 
     def student_out(self, count: int | None = None) -> Tensor:
         """The student unit's output for the first `count` images, as quantized now; finite or not."""
@@ -82,9 +82,7 @@ class UnitCache:
         self.unit += 1
         # The old input goes before the new output comes: never more than three activations are held.
         self.teacher_in, self.student_in = self.teacher_out, student_out
-        self.teacher_out = self._run(
-            self.teacher.units[self.unit], self.teacher_in, self.teacher.names[self.unit]
-        )
+        self.teacher_out = self._run(self.teacher.units[self.unit], self.teacher_in, self.teacher.names[self.unit])
 
     def _run(self, function: Callable[[Tensor], Tensor], x: Tensor, name: str) -> Tensor:
         out = run_chunked(function, x, self.device)
@@ -112,14 +110,20 @@ def fits_on_device(teacher: Chain, images: Tensor, device: torch.device) -> bool
             x = unit(x)
             sizes.append(x.numel())
     # Teacher and student input and teacher output of one unit, and the output that becomes the next input.
-    largest = max(2 * (a + b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+    largest = max(2 * (a + b) for a, b in pairwise(sizes))
     free, _ = torch.cuda.mem_get_info(device)
     return largest * len(images) * 4 <= free // 2
 
 
-def sample_index(total: int, size: int, generator: torch.Generator) -> Tensor:
-    """`size` different rows out of `total`, (size,): a repeated image would be a false negative."""
-    return torch.randperm(total, generator=generator)[:size]
+def sample_index(total: int, size: int, step: int, *seed: int) -> Tensor:
+    """The rows of step `step`, (size,): slices of one permutation after another, so every image comes equally often.
+
+    No row comes twice in a batch: a repeated image would be a false negative. A pure function of its arguments.
+    """
+    per_pass = total // size
+    generator = torch.Generator().manual_seed(mixed_seed(*seed, step // per_pass))
+    start = step % per_pass * size
+    return torch.randperm(total, generator=generator)[start : start + size]
 
 
 def chunks(x: Tensor, size: int = CHUNK) -> Iterator[Tensor]:

@@ -57,9 +57,10 @@ def estimate_ranges(student: Chain, images: Tensor, config: QuantConfig, device:
         PTQError: NaN or infinite activations, naming the unit, or images the network can't take.
     """
     for _, layer in quantized_layers(student):
-        q = layer.weight_quantizer
-        per_channel = q.scale.numel() > 1 or q.per_channel
-        q.set_range(layer.weight, *weight_qparams(layer.weight, config.weight_range, q.bits, q.symmetric, per_channel))
+        w = layer.weight_quantizer
+        w.set_range(
+            layer.weight, *weight_qparams(layer.weight, config.weight_range, w.bits, w.symmetric, w.per_channel)
+        )
     quantizers = act_quantizers(student)
     histograms = {q: Histogram() for q in quantizers}
     hooks = [q.register_forward_pre_hook(partial(_observe, histograms)) for q in quantizers]

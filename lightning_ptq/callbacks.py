@@ -104,7 +104,7 @@ class RunSummary(Callback):
         summary = summarize(module, trainer)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "summary.json", summary)
-        print(table(summary), f"\nsummary: {folder / 'summary.json'}", flush=True)
+        print(table(summary), f"\nsummary: {folder / 'summary.json'}", flush=True)  # noqa: T201 (the result)
 
 
 def summarize(module: PTQModule, trainer: L.Trainer) -> dict[str, Any]:

@@ -38,7 +38,9 @@ def check_trainer(trainer: L.Trainer) -> None:
                 f"strategy={name!r} shards parameters; calibration needs whole units. Use 'ddp' or one device."
             )
     if isinstance(trainer.strategy, DDPStrategy) and trainer.strategy._ddp_kwargs.get("static_graph"):
-        raise PTQError("static_graph=True fixes the set of trained parameters; it changes with every unit. Leave it out.")
+        raise PTQError(
+            "static_graph=True fixes the set of trained parameters; it changes with every unit. Leave it out."
+        )
     if trainer.precision not in _PRECISIONS:
         raise PTQError(
             f"precision={trainer.precision!r} would round the scales themselves. Use one of {', '.join(_PRECISIONS)}."

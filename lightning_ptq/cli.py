@@ -89,7 +89,7 @@ class Trainer(L.Trainer):
     """Lightning's Trainer and one more subcommand."""
 
     def plan(self, model: L.LightningModule, datamodule: CalibrationDataModule | None = None) -> None:
-        """Print each unit with its layers, bits, shapes, parameters and cache size, and what stays float. Runs nothing."""
+        """Print each unit: layers, bits, shapes, parameters, cache size, and what stays float. Runs nothing."""
         assert isinstance(model, PTQModule)
         if datamodule is None or datamodule.image_shape is None:
             raise PTQError("plan needs the images' shape. Give the data section of the config.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
@@ -111,8 +111,3 @@ def check_option(value: object, allowed: tuple[object, ...], name: str) -> None:
     if value not in allowed:
         options = ", ".join(repr(option) for option in allowed)
         raise PTQError(f"{name}={value!r} is unknown. Choose one of {options}.")
-
-
-def field_names(cls: type) -> tuple[str, ...]:
-    """Names of a dataclass's fields, in order."""
-    return tuple(f.name for f in fields(cls))

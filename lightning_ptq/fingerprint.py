@@ -36,4 +36,6 @@ def check_same(saved: Mapping[str, Any], live: Mapping[str, Any], what: str) -> 
         if saved.get(key) != live.get(key)
     ]
     if different:
-        raise PTQError(f"the checkpoint has another {what}: {'; '.join(different)}. Use the settings of its config.yaml.")
+        raise PTQError(
+            f"the checkpoint has another {what}: {'; '.join(different)}. Use the settings of its config.yaml."
+        )

@@ -85,9 +85,7 @@ class _FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, log_scale: Tensor, low: float, high: float, keep: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, log_scale: Tensor, low: float, high: float, keep: Tensor | None) -> Tensor:
         scale = log_scale.exp()
         # Integers relative to the zero point save the two passes that would add and subtract it.
         y = (x / scale).round_().clamp_(low, high).mul_(scale)
@@ -98,7 +96,7 @@ class _FakeQuantize(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, y, scale, keep = ctx.saved_tensors
         position = x / scale
         if keep is not None:
@@ -127,17 +125,18 @@ class _RectifiedSigmoid(torch.autograd.Function):
     """clamp((zeta - gamma) * sigmoid(alpha) + gamma, 0, 1) with a gradient of three passes and no masks."""
 
     @staticmethod
-    def forward(ctx: Any, alpha: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, alpha: Tensor) -> Tensor:
         sigmoid = alpha.sigmoid()
         ctx.save_for_backward(sigmoid)
         return (sigmoid * (ZETA - GAMMA)).add_(GAMMA).clamp_(0.0, 1.0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (sigmoid,) = ctx.saved_tensors
         low, high = -GAMMA / (ZETA - GAMMA), (1.0 - GAMMA) / (ZETA - GAMMA)
         grad = torch.ops.aten.hardtanh_backward(grad, sigmoid, low, high)
-        return torch.ops.aten.sigmoid_backward(grad, sigmoid).mul_(ZETA - GAMMA)
+        grad = torch.ops.aten.sigmoid_backward(grad, sigmoid)
+        return grad.mul_(ZETA - GAMMA)
 
 
 def undecided(h: Tensor, beta: float) -> Tensor:
@@ -150,7 +149,7 @@ class _Undecided(torch.autograd.Function):
     """One power for value and gradient together: it is the dearest operation on a weight."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, beta: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, h: Tensor, beta: float) -> Tensor:
         u = (h * 2.0).sub_(1.0)
         magnitude = u.abs()
         power = magnitude.pow(beta - 1.0)
@@ -159,7 +158,7 @@ class _Undecided(torch.autograd.Function):
         return h.numel() - _dot(power, magnitude)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         u, power = ctx.saved_tensors
         return torch.copysign(power, u).mul_(-2.0 * ctx.beta * grad), None
 

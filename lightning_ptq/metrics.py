@@ -58,6 +58,3 @@ class MeanRate(Metric):
 def classes(output: Tensor) -> Tensor:
     """Predicted class of every position: (N, C, ...) -> (N, ...)."""
     return output.argmax(1)
-
-
-

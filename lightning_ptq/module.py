@@ -94,7 +94,12 @@ class PTQModule(L.LightningModule):
             scale_lr=scale_lr,
             rounding_weight=rounding_weight,
         )
-        self.method_name, self.quant, self.contrastive, self.model_name = method, quant, contrastive, type(model).__name__
+        self.method_name, self.quant, self.contrastive, self.model_name = (
+            method,
+            quant,
+            contrastive,
+            type(model).__name__,
+        )
         self.method = get_method(
             method, granularity=granularity, input=input, rounding=rounding, scales=scales, drop=drop
         )
@@ -319,9 +324,8 @@ class PTQModule(L.LightningModule):
 
     def judge_last_unit(self) -> None:
         """Judge a unit that was not because the fit resumed behind its last step, where Lightning runs no loop."""
-        loop = self.trainer.fit_loop
-        done = loop.epoch_progress.current.processed
-        if len(self.reports) < done and loop.epoch_loop.batch_progress.is_last_batch:
+        done = self.trainer.current_epoch
+        if len(self.reports) < done and self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             self.enter_unit(done - 1)
             self._finish(done - 1)
             self._cache = None
@@ -377,8 +381,9 @@ class PTQModule(L.LightningModule):
 
     def _rate(self, name: str, prediction: Tensor, reference: Tensor) -> None:
         metric = self.rates[name]
+        assert isinstance(metric, MeanRate)
         metric.update(prediction, reference)
-        self.log(name, metric, on_step=False, on_epoch=True, batch_size=len(prediction))  # type: ignore[arg-type]
+        self.log(name, metric, on_step=False, on_epoch=True, batch_size=len(prediction))
 
     def _all(self, x: Tensor) -> Tensor:
         """`x` of every process, stacked: (world, ...)."""
@@ -436,10 +441,9 @@ class UnitLoader:
         module.enter_unit(unit)
         cache = module._cache
         assert cache is not None
-        generator = torch.Generator()
         for step in range(trainer.fit_loop.batch_idx + 1, len(self)):
-            generator.manual_seed(mixed_seed(module.seed, unit, step, module.global_rank, 1))
-            yield cache.minibatch(sample_index(len(cache), module.batch_size, generator))
+            rows = sample_index(len(cache), module.batch_size, step, module.seed, unit, module.global_rank)
+            yield cache.minibatch(rows)
 
 
 def _images_and_labels(batch: Any) -> tuple[Tensor, Tensor | None]:

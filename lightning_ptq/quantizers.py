@@ -97,7 +97,7 @@ class ActQuantizer(nn.Module):
         return y.to(x.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self._mirror()
 
     def extra_repr(self) -> str:
@@ -190,7 +190,7 @@ class WeightQuantizer(nn.Module):
         return int((self.integers(weight) != self.integers(weight, nearest=True)).sum())
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self.enabled = bool(self.ready)
 
     def extra_repr(self) -> str:
@@ -241,4 +241,6 @@ def float_mode(module: nn.Module) -> Iterator[None]:
 
 def scales_are_finite(module: nn.Module) -> bool:
     """Whether every activation scale below `module` is a finite positive number."""
-    return all(math.isfinite(scale) and scale > 0 for scale in (float(q.scale.detach()) for q in act_quantizers(module)))
+    return all(
+        math.isfinite(scale) and scale > 0 for scale in (float(q.scale.detach()) for q in act_quantizers(module))
+    )

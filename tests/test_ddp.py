@@ -73,5 +73,5 @@ def test_ranges_are_those_of_one_process_on_the_same_images(tmp_path: Path) -> N
 
 
 def test_a_share_smaller_than_a_batch_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="batch_size=24 needs that many different images.*on each of 2 processes"):
+    with pytest.raises(Exception, match=r"batch_size=24 needs that many different images.*on each of 2 processes"):
         fit_on_two(tmp_path, batch_size=24)

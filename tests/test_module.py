@@ -49,7 +49,7 @@ def test_only_quantization_parameters_change(fitted) -> None:
 
 
 def test_summary_json_has_every_field_and_real_values(fitted) -> None:
-    module, fit, folder = fitted
+    module, _, folder = fitted
     summary = json.loads((folder / "summary.json").read_text())
     assert set(summary) >= {
         "model", "method", "contrastive", "weight_bits", "act_bits", "edges", "placement", "granularity", "seed",
@@ -70,7 +70,8 @@ def test_summary_json_has_every_field_and_real_values(fitted) -> None:
     assert summary["peak_rss_bytes"] > 2**20
     for unit in summary["units"]:
         assert set(unit) == {
-            "name", "mse_before", "mse_after", "sqnr_db", "mi_lower_bound_nats", "flipped_fraction", "accepted", "seconds",
+            "name", "mse_before", "mse_after", "sqnr_db", "mi_lower_bound_nats", "flipped_fraction", "accepted",
+            "seconds",
         }  # fmt: skip
         assert unit["seconds"] > 0
 
@@ -143,15 +144,14 @@ def test_a_user_term_joins_the_objective(tmp_path: Path) -> None:
 
 
 def test_minibatches_hold_different_images_and_follow_the_seed() -> None:
-    from lightning_ptq.cache import mixed_seed, sample_index
+    from lightning_ptq.cache import sample_index
 
-    def draw(*parts: int) -> list[int]:
-        return sample_index(40, 32, torch.Generator().manual_seed(mixed_seed(*parts))).tolist()
-
-    assert len(set(draw(0, 1, 2, 0))) == 32
-    assert draw(0, 1, 2, 0) == draw(0, 1, 2, 0)
-    others = [draw(*p) for p in ((1, 1, 2, 0), (0, 2, 2, 0), (0, 1, 3, 0), (0, 1, 2, 1), (0, 2, 1, 0))]
-    assert draw(0, 1, 2, 0) not in others
+    first = [sample_index(40, 8, step, 0, 1, 2).tolist() for step in range(5)]
+    assert sorted(row for batch in first for row in batch) == list(range(40)), "one pass shows every image once"
+    assert first == [sample_index(40, 8, step, 0, 1, 2).tolist() for step in range(5)]
+    others = [sample_index(40, 8, 5, 0, 1, 2), *(sample_index(40, 8, 0, *s) for s in ((1, 1, 2), (0, 2, 2), (0, 1, 3)))]
+    assert first[0] not in [other.tolist() for other in others]
+    assert len(set(sample_index(40, 32, 7, 0, 0, 0).tolist())) == 32
 
 
 def test_terms_are_logged_by_unit_to_the_users_logger(tmp_path: Path) -> None:

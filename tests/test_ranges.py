@@ -31,7 +31,9 @@ def grid_search(x: torch.Tensor, bits: int, symmetric: bool) -> float:
 def samples(kind: str) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(20_000, generator=generator)
-    return {"relu": x.relu(), "normal": x, "heavy": x**3, "negative": -x.abs(), "silu": torch.nn.functional.silu(x)}[kind]
+    return {"relu": x.relu(), "normal": x, "heavy": x**3, "negative": -x.abs(), "silu": torch.nn.functional.silu(x)}[
+        kind
+    ]
 
 
 @pytest.mark.parametrize("kind", ["relu", "normal", "heavy", "negative", "silu"])

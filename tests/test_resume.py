@@ -105,7 +105,7 @@ def test_a_checkpoint_of_another_config_is_refused_and_named(checkpoint: Path, t
     other = PTQModule(tiny_net(), QuantConfig(2, 4), steps_per_unit=6, batch_size=8, seed=3)
     with pytest.raises(PTQError, match="quantization config: act_bits=2 in the checkpoint, 4 here"):
         trainer(tmp_path).validate(other, datamodule=tiny_data(), ckpt_path=checkpoint)
-    with pytest.raises(PTQError, match="another calibration setting: .*steps_per_unit=6 in the checkpoint, 7 here"):
+    with pytest.raises(PTQError, match=r"another calibration setting: .*steps_per_unit=6 in the checkpoint, 7 here"):
         trainer(tmp_path).fit(tiny_module(steps_per_unit=7), datamodule=tiny_data(), ckpt_path=checkpoint)
 
 

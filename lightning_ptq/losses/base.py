@@ -94,4 +94,5 @@ class Objective(nn.Module):
 
 def _gradient_norm(value: Tensor, at: Tensor) -> Tensor:
     (gradient,) = torch.autograd.grad(value, at, retain_graph=True)
-    return gradient.norm()
+    norm: Tensor = gradient.norm()
+    return norm

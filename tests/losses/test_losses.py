@@ -127,7 +127,9 @@ def test_balance_sets_the_gradient_norm_and_freezes_it() -> None:
         rec = torch.autograd.grad(reconstruction_loss(student, teacher), student)[0].norm()
         ratios.append(float(rec / (14.0 * student.detach()).norm()))
         expected = 0.25 * sum(ratios[:BALANCE_STEPS]) / min(step + 1, BALANCE_STEPS)
-        assert float(terms["pull"].detach()) == pytest.approx(expected * float(7.0 * student.detach().square().sum()), rel=1e-4)
+        assert float(terms["pull"].detach()) == pytest.approx(
+            expected * float(7.0 * student.detach().square().sum()), rel=1e-4
+        )
     assert objective.ratio_sums[1].sum() == 0
 
 
