@@ -34,8 +34,9 @@ from lightning_ptq.losses import (
 )
 from lightning_ptq.methods import MethodName, Rounding, ScaleLearning, UnitInput, default_rates, get_method
 from lightning_ptq.metrics import MeanRate, classes
-from lightning_ptq.quantizers import DropMask, act_quantizers, initial_ranges, weight_quantizers
+from lightning_ptq.quantizers import DropMask, act_quantizers, forget_ranges, initial_ranges, weight_quantizers
 
+_CLOCKS = ("ranges", "calibration", "validation", "total")
 _RATES = ("teacher_top1", "nearest_top1", "student_top1", "nearest_agreement", "student_agreement")
 
 
@@ -126,7 +127,7 @@ class PTQModule(L.LightningModule):
         self.rates = nn.ModuleDict({name: MeanRate() for name in _RATES})
 
         self.reports: list[UnitReport] = []
-        self.wall_seconds = dict.fromkeys(("ranges", "calibration", "validation", "total"), 0.0)
+        self.wall_seconds = dict.fromkeys(_CLOCKS, 0.0)
         self.calibration_count: int | None = None
         self._digests: dict[str, Any] = {"model": model_digest(self.teacher), "images": None}
         self._drop = DropMask(self.method.drop)
@@ -153,6 +154,10 @@ class PTQModule(L.LightningModule):
         warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode", PossibleUserWarning)
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
+        # A fit starts anew, also on a module that was fitted before; a checkpoint is loaded after this hook.
+        self.reports, self.wall_seconds = [], dict.fromkeys(_CLOCKS, 0.0)
+        self._digests["images"], self._cache, self._student_out = None, None, None
+        forget_ranges(self.student)
         loop, units = self.trainer.fit_loop, len(self.student)
         loop.max_epochs = units if loop.max_epochs is None or loop.max_epochs < 0 else min(units, loop.max_epochs)
         if self.trainer.datamodule.val_dataloader() == []:  # type: ignore[attr-defined]

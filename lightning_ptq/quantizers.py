@@ -207,6 +207,14 @@ def weight_quantizers(module: nn.Module) -> list[WeightQuantizer]:
     return [m for m in module.modules() if isinstance(m, WeightQuantizer)]
 
 
+def forget_ranges(module: nn.Module) -> None:
+    """Put every quantizer below `module` back to where it has no range and passes floats through."""
+    quantizers: list[ActQuantizer | WeightQuantizer] = [*act_quantizers(module), *weight_quantizers(module)]
+    for q in quantizers:
+        q.ready.fill_(False)
+        q.enabled = False
+
+
 @contextmanager
 def initial_ranges(module: nn.Module) -> Iterator[None]:
     """Inside, every quantizer below `module` is as before calibration: initial scales, rounding to nearest."""

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ptq import Term, UnitBatch
 from lightning_ptq.quantizers import act_quantizers, weight_quantizers
-from tests.helpers import quantization_state, tiny_data, tiny_images, tiny_module, tiny_net, trainer
+from tests.helpers import assert_equal_states, quantization_state, tiny_data, tiny_images, tiny_module, tiny_net, trainer
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +115,14 @@ def test_granularity_sets_the_number_of_epochs(tmp_path: Path, granularity: str)
     fit = trainer(tmp_path, enable_checkpointing=False)
     fit.fit(module, datamodule=tiny_data())
     assert fit.current_epoch == len(module.student)
+
+
+def test_a_second_fit_of_the_same_module_starts_anew(tmp_path: Path) -> None:
+    module, fresh = tiny_module(), tiny_module()
+    trainer(tmp_path / "first").fit(module, datamodule=tiny_data(count=24))
+    trainer(tmp_path / "second").fit(module, datamodule=tiny_data())
+    trainer(tmp_path / "fresh").fit(fresh, datamodule=tiny_data())
+    assert_equal_states(quantization_state(module), quantization_state(fresh))
 
 
 def test_harm_is_rolled_back_and_reported(tmp_path: Path) -> None:

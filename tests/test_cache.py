@@ -1,0 +1,52 @@
+"""Caches against running the whole chain anew."""
+
+import pytest
+import torch
+
+from lightning_ptq import PTQError
+from lightning_ptq.cache import UnitCache, mixed_seed, run_chunked
+from lightning_ptq.calibration import estimate_ranges
+from tests.helpers import tiny_images, tiny_module
+
+CPU = torch.device("cpu")
+
+
+def test_every_cache_is_what_the_chain_gives() -> None:
+    module, images = tiny_module(), tiny_images(70)  # more than one chunk, and a rest
+    estimate_ranges(module.student, images, module.quant, CPU, lambda t: t[None])
+    cache = UnitCache(module.teacher, module.student, images, CPU, on_device=True)
+    with torch.no_grad():
+        for unit in range(len(module.student)):
+            torch.testing.assert_close(cache.teacher_in, module.teacher(images, stop=unit))
+            torch.testing.assert_close(cache.student_in, module.student(images, stop=unit))
+            torch.testing.assert_close(cache.teacher_out, module.teacher(images, stop=unit + 1))
+            torch.testing.assert_close(cache.features, module.teacher(images))
+            rows = torch.tensor([3, 69, 0])
+            batch = cache.minibatch(rows)
+            assert torch.equal(batch.student_in, cache.student_in[rows])
+            assert torch.equal(batch.teacher_out, cache.teacher_out[rows])
+            if unit + 1 < len(module.student):
+                cache.advance(cache.student_out())
+
+
+def test_gradients_flow_through_cached_activations() -> None:
+    out = run_chunked(lambda x: x * 2, tiny_images(5), CPU)
+    weight = torch.ones(3, 1, 1, requires_grad=True)
+    (out * weight).sum().backward()
+    assert weight.grad is not None
+
+
+def test_activations_that_are_not_finite_name_their_unit() -> None:
+    module = tiny_module()
+    module.teacher.units[2].get_submodule("blocks.1.conv1").weight.data[0, 0, 0, 0] = float("inf")
+    with pytest.raises(PTQError, match=r"unit 'blocks\.1': the float network gives NaN or infinite values"):
+        estimate_ranges(module.student, tiny_images(), module.quant, CPU, lambda t: t[None])
+    with pytest.raises(PTQError, match="gives NaN or infinite activations"):
+        UnitCache(module.teacher, module.student, tiny_images(), CPU, on_device=True)
+
+
+def test_seeds_that_are_near_give_unrelated_streams() -> None:
+    seeds = {mixed_seed(a, b, c) for a in range(10) for b in range(10) for c in range(10)}
+    assert len(seeds) == 1000
+    assert mixed_seed(1, 2) != mixed_seed(2, 1)
+    assert all(0 <= seed < 2**63 for seed in seeds)
