@@ -100,7 +100,7 @@ class RunSummary(Callback):
         folder = run_folder(trainer)
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
-        module.wall_seconds["total"] += time.monotonic() - self._start
+        module.session.wall_seconds["total"] += time.monotonic() - self._start
         summary = summarize(module, trainer)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "summary.json", summary)
@@ -121,12 +121,12 @@ def summarize(module: PTQModule, trainer: L.Trainer) -> dict[str, Any]:
         "placement": module.quant.placement,
         "granularity": module.method.granularity,
         "seed": module.seed,
-        "calibration_samples": samples if module.calibration_count is None else module.calibration_count,
+        "calibration_samples": samples if module.session.image_count is None else module.session.image_count,
         "steps_per_unit": module.steps_per_unit,
         **{key: metrics.get(key) for key in ("teacher_top1", "nearest_top1", "student_top1")},
         "teacher_agreement": metrics.get("student_agreement"),
         "nearest_agreement": metrics.get("nearest_agreement"),
-        "wall_seconds": {key: round(value, 3) for key, value in module.wall_seconds.items()},
+        "wall_seconds": {key: round(value, 3) for key, value in module.session.wall_seconds.items()},
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": torch.cuda.max_memory_allocated(module.device) if module.device.type == "cuda" else 0,
         "units": [report.to_dict() for report in module.reports],

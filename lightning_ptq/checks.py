@@ -57,16 +57,6 @@ def check_trainer(trainer: L.Trainer) -> None:
         )
 
 
-def check_batch(images: int, batch_size: int, world_size: int) -> None:
-    """Raise `PTQError` if a process has fewer images than a batch needs."""
-    if images < batch_size:
-        raise PTQError(
-            f"batch_size={batch_size} needs that many different images, but there are {images} calibration images"
-            + (f" on each of {world_size} processes" if world_size > 1 else "")
-            + ". Add images (data.calibration_samples) or lower model.batch_size."
-        )
-
-
 def run_folder(trainer: L.Trainer) -> Path:
     """Where a fit leaves what it makes. A collective call: every process must make it."""
     return Path(trainer.log_dir or trainer.default_root_dir)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 import lightning as L
 import torch
@@ -15,14 +16,15 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lightning_ptq.allocator import keep_freed_memory
-from lightning_ptq.cache import Minibatch, UnitCache, fits_on_device, mixed_seed, sample_index
-from lightning_ptq.calibration import RANGE_IMAGES, UnitReport, estimate_ranges, finish_unit
+from lightning_ptq.cache import Minibatch, mixed_seed
+from lightning_ptq.calibration import UnitReport
 from lightning_ptq.callbacks import model_callbacks
-from lightning_ptq.checks import check_batch, check_settings, check_trainer
+from lightning_ptq.checks import check_settings, check_trainer
 from lightning_ptq.config import Granularity, QuantConfig
 from lightning_ptq.errors import PTQError
-from lightning_ptq.fingerprint import check_same, data_digest, model_digest
+from lightning_ptq.fingerprint import check_same, model_digest
 from lightning_ptq.graph import build_chain
+from lightning_ptq.loader import UnitLoader
 from lightning_ptq.losses import (
     Contrastive,
     ContrastiveConfig,
@@ -35,8 +37,8 @@ from lightning_ptq.losses import (
 from lightning_ptq.methods import MethodName, Rounding, ScaleLearning, UnitInput, default_rates, get_method
 from lightning_ptq.metrics import MeanRate, classes
 from lightning_ptq.quantizers import DropMask, act_quantizers, forget_ranges, initial_ranges, weight_quantizers
+from lightning_ptq.session import CachePolicy, Session, World
 
-_CLOCKS = ("ranges", "calibration", "validation", "total")
 _RATES = ("teacher_top1", "nearest_top1", "student_top1", "nearest_agreement", "student_agreement")
 
 
@@ -84,7 +86,7 @@ class PTQModule(L.LightningModule):
         drop: float | None = None,
         leaf_modules: Sequence[str] = (),
         terms: dict[str, Term] | None = None,
-        cache: Literal["auto", "device", "host"] = "auto",
+        cache: CachePolicy = "auto",
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -95,12 +97,8 @@ class PTQModule(L.LightningModule):
             scale_lr=scale_lr,
             rounding_weight=rounding_weight,
         )
-        self.method_name, self.quant, self.contrastive, self.model_name = (
-            method,
-            quant,
-            contrastive,
-            type(model).__name__,
-        )
+        self.method_name, self.quant, self.contrastive, self.critic = method, quant, contrastive, critic
+        self.model_name, self.rounding_weight = type(model).__name__, rounding_weight
         self.method = get_method(
             method, granularity=granularity, input=input, rounding=rounding, scales=scales, drop=drop
         )
@@ -126,14 +124,9 @@ class PTQModule(L.LightningModule):
         self.anchor = nn.Parameter(torch.zeros(()))
         self.rates = nn.ModuleDict({name: MeanRate() for name in _RATES})
 
-        self.reports: list[UnitReport] = []
-        self.wall_seconds = dict.fromkeys(_CLOCKS, 0.0)
-        self.calibration_count: int | None = None
-        self._digests: dict[str, Any] = {"model": model_digest(self.teacher), "images": None}
+        self.session = Session(self.teacher, self.student)
+        self._model_digest = model_digest(self.teacher)
         self._drop = DropMask(self.method.drop)
-        self._cache: UnitCache | None = None
-        self._student_out: Tensor | None = None
-        self._unit_clock = self._carried_seconds = 0.0
         # Equal on all ranks by construction, and DDP wraps anew for every unit.
         self._ddp_params_and_buffers_to_ignore = [f"teacher.{name}" for name in self.teacher.state_dict()]
         # What DDP sees when it wraps for the first time, before the first unit is entered.
@@ -155,8 +148,7 @@ class PTQModule(L.LightningModule):
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
         # A fit starts anew, also on a module that was fitted before; a checkpoint is loaded after this hook.
-        self.reports, self.wall_seconds = [], dict.fromkeys(_CLOCKS, 0.0)
-        self._digests["images"], self._cache, self._student_out = None, None, None
+        self.session = Session(self.teacher, self.student)
         forget_ranges(self.student)
         loop, units = self.trainer.fit_loop, len(self.student)
         loop.max_epochs = units if loop.max_epochs is None or loop.max_epochs < 0 else min(units, loop.max_epochs)
@@ -227,7 +219,7 @@ class PTQModule(L.LightningModule):
 
     def on_validation_end(self) -> None:
         """Account for the time that validation took."""
-        self.wall_seconds["validation"] += time.monotonic() - self._validation_clock
+        self.session.wall_seconds["validation"] += time.monotonic() - self._validation_clock
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """The same as `validation_step`."""
@@ -236,6 +228,11 @@ class PTQModule(L.LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The student's output for one batch of images."""
         return self(_images_and_labels(batch)[0])  # type: ignore[no-any-return]
+
+    @property
+    def reports(self) -> list[UnitReport]:
+        """What calibration did to each finished unit."""
+        return self.session.reports
 
     def forward(self, x: Tensor) -> Tensor:
         """The student's output for images (N, C, H, W)."""
@@ -247,19 +244,17 @@ class PTQModule(L.LightningModule):
 
     def on_train_end(self) -> None:
         """Drop the caches: nothing that is left to do needs them."""
-        self._cache = self._student_out = None
+        self.session.close()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the teacher out; add what identifies the run and what is known of the finished units."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith("teacher.")}
         checkpoint["lightning_ptq"] = {
-            "digests": self._digests,
+            "model": self._model_digest,
             "structure": self._structure(),
             "settings": self._settings(),
-            "reports": [report.to_dict() for report in self.reports],
-            "wall_seconds": self.wall_seconds,
-            "unit_seconds": time.monotonic() - self._unit_clock if self._cache is not None else 0.0,
+            "session": self.session.state(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -268,31 +263,29 @@ class PTQModule(L.LightningModule):
         if saved is None:
             raise PTQError("the checkpoint was not written by lightning_ptq. Give one from a fit's checkpoints folder.")
         check_same(saved["structure"], self._structure(), "quantization config")
-        if saved["digests"]["model"] != self._digests["model"]:
+        if saved["model"] != self._model_digest:
             raise PTQError(
                 "the checkpoint belongs to a model with other weights. Give the weights that it was calibrated from."
             )
         if self._trainer is not None and self.trainer.state.fn == "fit":
             check_same(saved["settings"], self._settings(), "calibration setting")
-        self._digests["images"] = saved["digests"]["images"]
-        self.reports = [UnitReport(**report) for report in saved["reports"]]
-        self.wall_seconds, self._carried_seconds = dict(saved["wall_seconds"]), saved["unit_seconds"]
+        self.session.load_state(saved["session"])
         checkpoint["state_dict"].update({f"teacher.{k}": v for k, v in self.teacher.state_dict().items()})
 
     # ---- units ----
 
     def enter_unit(self, unit: int) -> None:
-        """Make `unit` the one that is calibrated: caches advanced to it, only its parameters trained.
-
-        Works from a fresh start, from the unit before, and from any checkpoint: the chain up to `unit` is replayed.
-        """
-        self._unit_clock, self._carried_seconds = time.monotonic() - self._carried_seconds, 0.0
-        cache = self._cache = self._cache or self._new_cache()
-        while cache.unit < unit:
-            # A checkpoint may have been written before its unit was judged.
-            self._finish(cache.unit)
-            out, self._student_out = self._student_out, None
-            cache.advance(cache.student_out() if out is None else out)
+        """Make `unit` the one that is calibrated: caches advanced to it, only its parameters trained."""
+        rank, size = self.global_rank, self.trainer.world_size
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.session.enter(
+            unit,
+            lambda: data.calibration_images(rank, size),
+            World(self.device, size, self._all),
+            config=self.quant,
+            batch_size=self.batch_size,
+            policy=self.cache_policy,
+        )
         self._select(unit)
         optimizer = self.trainer.optimizers[0]
         current = {id(p) for p in self.student.units[unit].parameters()}
@@ -304,36 +297,13 @@ class PTQModule(L.LightningModule):
             strategy.model = strategy.lightning_module
             strategy.configure_ddp()
 
-    def _new_cache(self) -> UnitCache:
-        """Load this process's calibration images, estimate ranges if there are none yet, and cache the first unit."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        images: Tensor = data.calibration_images(self.global_rank, self.trainer.world_size)
-        count = self._all(torch.tensor([len(images)])).flatten()
-        check_batch(int(count.min()), self.batch_size, self.trainer.world_size)
-        self.calibration_count = int(count.sum())
-        digest = int(self._all(torch.tensor([data_digest(images)])).sum()) % 2**62
-        if self._digests["images"] not in (None, digest):
-            raise PTQError(
-                "the checkpoint was calibrated on other images. Give the same data, calibration_samples and seed."
-            )
-        self._digests["images"] = digest
-        if not all(q.enabled for q in weight_quantizers(self.student)):
-            start = time.monotonic()
-            share = -(-RANGE_IMAGES // self.trainer.world_size)
-            estimate_ranges(self.student, images[:share], self.quant, self.device, self._all)
-            self.wall_seconds["ranges"] += time.monotonic() - start
-        on_device = self.cache_policy == "device" or (
-            self.cache_policy == "auto" and fits_on_device(self.teacher, images, self.device)
-        )
-        return UnitCache(self.teacher, self.student, images, self.device, on_device)
-
     def judge_last_unit(self) -> None:
         """Judge a unit that was not because the fit resumed behind its last step, where Lightning runs no loop."""
         done = self.trainer.current_epoch
-        if len(self.reports) < done and self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        if len(self.session.reports) < done and self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             self.enter_unit(done - 1)
             self._finish(done - 1)
-            self._cache = None
+            self.session.close()
 
     def _finish_if_done(self) -> None:
         """Judge the current unit unless it was stopped in the middle (max_steps, max_time)."""
@@ -341,17 +311,12 @@ class PTQModule(L.LightningModule):
             self._finish(self.trainer.current_epoch)
 
     def _finish(self, unit: int) -> None:
-        """Judge the unit whose steps are done; once, however often it is called."""
-        if self._cache is None or len(self.reports) != unit:
-            return
-        seconds = time.monotonic() - self._unit_clock
-        report, self._student_out = finish_unit(self._cache, lambda t: self._all(t).mean(0), seconds)
-        self.reports.append(report)
-        self._unit_clock = time.monotonic()
-        self.wall_seconds["calibration"] += seconds
-        for logger in self.loggers:
+        """Judge `unit` if it was not yet, and log what its report says."""
+        report = self.session.finish(unit)
+        if report is not None:
             numbers = {k: v for k, v in report.to_dict().items() if isinstance(v, float)}
-            logger.log_metrics({f"units/{report.name}/{k}": v for k, v in numbers.items()}, step=self.global_step)
+            for logger in self.loggers:
+                logger.log_metrics({f"units/{report.name}/{k}": v for k, v in numbers.items()}, step=self.global_step)
 
     def _select(self, unit: int) -> None:
         """Train and drop in `unit` only. The teacher, weights and other units never require gradients."""
@@ -416,39 +381,10 @@ class PTQModule(L.LightningModule):
             "batch_size": self.batch_size,
             "rounding_lr": self.rounding_lr,
             "scale_lr": self.scale_lr,
+            "rounding_weight": self.rounding_weight,
+            "critic": asdict(self.critic),
             "seed": self.seed,
         }
-
-
-class UnitLoader:
-    """Train loader whose epochs are units.
-
-    The body of `__iter__` is the only code that runs exactly once for each real epoch on every way to resume, so a
-    unit is entered there. Minibatches are a pure function of (seed, unit, step, rank); the position is the Trainer's.
-    """
-
-    def __init__(self, module: PTQModule) -> None:
-        self.module = module
-
-    def __len__(self) -> int:
-        return self.module.steps_per_unit
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: it tells Lightning that resuming in the middle works."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
-
-    def __iter__(self) -> Iterator[Minibatch]:
-        module, trainer = self.module, self.module.trainer
-        unit = trainer.current_epoch
-        module.enter_unit(unit)
-        cache = module._cache
-        assert cache is not None
-        for step in range(trainer.fit_loop.batch_idx + 1, len(self)):
-            rows = sample_index(len(cache), module.batch_size, step, module.seed, unit, module.global_rank)
-            yield cache.minibatch(rows)
 
 
 def _images_and_labels(batch: Any) -> tuple[Tensor, Tensor | None]:

@@ -47,7 +47,7 @@ def fit_on_two(folder: Path, ckpt_path: Path | None = None, **changes: Any) -> A
 def test_all_ranks_leave_every_unit_with_the_same_parameters(tmp_path: Path, changes: dict[str, Any]) -> None:
     module = fit_on_two(tmp_path, **changes)
     checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
-    assert len(checkpoint["lightning_ptq"]["reports"]) == len(module.student)
+    assert len(checkpoint["lightning_ptq"]["session"]["reports"]) == len(module.student)
 
 
 def test_resume_on_two_processes_is_bit_equal(tmp_path: Path) -> None:

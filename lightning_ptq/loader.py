@@ -1,0 +1,42 @@
+"""The train loader of a calibration: its epochs are units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from lightning_ptq.cache import Minibatch, sample_index
+
+if TYPE_CHECKING:
+    from lightning_ptq.module import PTQModule
+
+
+class UnitLoader:
+    """Minibatches of the current unit's caches, a pure function of (seed, unit, step, rank).
+
+    The body of `__iter__` is the only code that runs exactly once for each real epoch on every way to resume, so a
+    unit is entered there. The position is the Trainer's: the loader has no state of its own.
+    """
+
+    def __init__(self, module: PTQModule) -> None:
+        self.module = module
+
+    def __len__(self) -> int:
+        return self.module.steps_per_unit
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: it tells Lightning that resuming in the middle works."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+    def __iter__(self) -> Iterator[Minibatch]:
+        module, trainer = self.module, self.module.trainer
+        unit = trainer.current_epoch
+        module.enter_unit(unit)
+        cache = module.session.cache
+        assert cache is not None
+        for step in range(trainer.fit_loop.batch_idx + 1, len(self)):
+            rows = sample_index(len(cache), module.batch_size, step, module.seed, unit, module.global_rank)
+            yield cache.minibatch(rows)

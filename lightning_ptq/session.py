@@ -1,0 +1,134 @@
+"""Where a calibration stands: caches at the current unit, reports of the finished ones, clocks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_ptq.cache import UnitCache, fits_on_device
+from lightning_ptq.calibration import RANGE_IMAGES, UnitReport, estimate_ranges, finish_unit
+from lightning_ptq.config import QuantConfig
+from lightning_ptq.errors import PTQError
+from lightning_ptq.fingerprint import data_digest
+from lightning_ptq.graph import Chain
+from lightning_ptq.quantizers import weight_quantizers
+
+CachePolicy = Literal["auto", "device", "host"]
+CLOCKS = ("ranges", "calibration", "validation", "total")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all that calibrate together.
+
+    Attributes:
+        device: where it computes.
+        size: number of processes.
+        gather: tensor -> that tensor of every process, stacked (size, ...).
+    """
+
+    device: torch.device
+    size: int
+    gather: Callable[[Tensor], Tensor]
+
+
+class Session:
+    """One calibration of `student` against `teacher`, from its start or from a checkpoint's `state()`."""
+
+    def __init__(self, teacher: Chain, student: Chain) -> None:
+        self.teacher, self.student = teacher, student
+        self.reports: list[UnitReport] = []
+        self.wall_seconds = dict.fromkeys(CLOCKS, 0.0)
+        self.image_digest: int | None = None
+        self.image_count: int | None = None  # over all processes
+        self.cache: UnitCache | None = None
+        self._world: World | None = None
+        # Output of the unit that was finished last: judging computes it, and advancing needs it.
+        self._student_out: Tensor | None = None
+        self._unit_clock: float | None = None
+        self._carried_seconds = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs, in primitives."""
+        running = 0.0 if self._unit_clock is None else time.monotonic() - self._unit_clock
+        return {
+            "images": self.image_digest,
+            "reports": [report.to_dict() for report in self.reports],
+            "wall_seconds": dict(self.wall_seconds),
+            "unit_seconds": running,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Stand where a `state()` was taken; the caches are replayed when a unit is entered."""
+        self.image_digest = state["images"]
+        self.reports = [UnitReport(**report) for report in state["reports"]]
+        self.wall_seconds, self._carried_seconds = dict(state["wall_seconds"]), state["unit_seconds"]
+
+    def enter(self, unit: int, open_images: Callable[[], Tensor], world: World, **how: Any) -> None:
+        """Advance the caches to `unit`: from a fresh start, from the unit before, or from any checkpoint.
+
+        Args:
+            open_images: loads this process's calibration images (N, C, H, W); called once.
+            how: the further arguments of `_open`.
+        """
+        self._unit_clock, self._carried_seconds = time.monotonic() - self._carried_seconds, 0.0
+        if self.cache is None:
+            self._world = world
+            self.cache = self._open(open_images(), world, **how)
+        while self.cache.unit < unit:
+            # A checkpoint may have been written before its unit was judged.
+            self.finish(self.cache.unit)
+            out, self._student_out = self._student_out, None
+            self.cache.advance(self.cache.student_out() if out is None else out)
+
+    def finish(self, unit: int) -> UnitReport | None:
+        """Judge the unit whose steps are done; its report, or None if it was judged before."""
+        if self.cache is None or len(self.reports) != unit:
+            return None
+        assert self._world is not None
+        assert self._unit_clock is not None
+        gather, seconds = self._world.gather, time.monotonic() - self._unit_clock
+        report, self._student_out = finish_unit(self.cache, lambda t: gather(t).mean(0), seconds)
+        self.reports.append(report)
+        self.wall_seconds["calibration"] += seconds
+        self._unit_clock = time.monotonic()
+        return report
+
+    def close(self) -> None:
+        """Drop the caches."""
+        self.cache = self._student_out = self._unit_clock = None
+
+    def _open(
+        self, images: Tensor, world: World, *, config: QuantConfig, batch_size: int, policy: CachePolicy
+    ) -> UnitCache:
+        """Check the images, estimate ranges if there are none yet, and cache the first unit."""
+        counts = world.gather(torch.tensor([len(images)])).flatten()
+        check_batch(int(counts.min()), batch_size, world.size)
+        digest = int(world.gather(torch.tensor([data_digest(images)])).sum()) % 2**62
+        if self.image_digest not in (None, digest):
+            raise PTQError(
+                "the checkpoint was calibrated on other images. Give the same data, calibration_samples and seed."
+            )
+        self.image_digest, self.image_count = digest, int(counts.sum())
+        if not all(q.enabled for q in weight_quantizers(self.student)):
+            start = time.monotonic()
+            share = -(-RANGE_IMAGES // world.size)
+            estimate_ranges(self.student, images[:share], config, world.device, world.gather)
+            self.wall_seconds["ranges"] += time.monotonic() - start
+        on_device = policy == "device" or (policy == "auto" and fits_on_device(self.teacher, images, world.device))
+        return UnitCache(self.teacher, self.student, images, world.device, on_device)
+
+
+def check_batch(images: int, batch_size: int, world_size: int) -> None:
+    """Raise `PTQError` if a process has fewer images than a batch needs."""
+    if images < batch_size:
+        raise PTQError(
+            f"batch_size={batch_size} needs that many different images, but there are {images} calibration images"
+            + (f" on each of {world_size} processes" if world_size > 1 else "")
+            + ". Add images (data.calibration_samples) or lower model.batch_size."
+        )
