@@ -96,10 +96,14 @@ def run_missing(wanted: list[dict[str, Any]], out: Path, root: Path, threads: in
     return rows
 
 
-def print_table(rows: list[dict[str, str]], grid: list[dict[str, Any]]) -> None:
-    """Markdown: one line for each point of the grid, over the seeds."""
-    print("\n| bits | method | steps | images | nearest | calibrated top-1 | agreement | wall / F | peak RSS | n |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+def print_table(rows: list[dict[str, str]], grid: list[dict[str, Any]], with_time: bool) -> None:
+    """Markdown: one line for each point of the grid, over the seeds.
+
+    `with_time` adds the ratio of wall time to F: it means something only if nothing else ran on the machine.
+    """
+    time_columns = " wall, s | wall / F | peak RSS |" if with_time else ""
+    print(f"\n| bits | method | steps | nearest | calibrated top-1 | agreement |{time_columns} n |")
+    print("|---|---|---|---|---|---|" + "---|" * (4 if with_time else 1))
     for point in grid:
         settings = DEFAULTS | point
         found = [row for row in rows if all(row[key] == str(settings[key]) for key in DEFAULTS if key != "seed")]
@@ -113,12 +117,15 @@ def print_table(rows: list[dict[str, str]], grid: list[dict[str, Any]]) -> None:
             numbers = values(name)
             return f"{mean(numbers):.2f} ± {stdev(numbers):.2f}" if len(numbers) > 1 else f"{numbers[0]:.2f}"
 
-        ratio = median(wall / f for wall, f in zip(column("wall"), column("f"), strict=True))
+        timed = ""
+        if with_time:
+            ratio = median(wall / f for wall, f in zip(column("wall"), column("f"), strict=True))
+            timed = f" {median(column('wall')):.0f} | {ratio:.0f} | {max(column('peak_rss_mib')):.0f} MiB |"
         method = settings["method"] + (" + contrastive" if settings["contrastive"] else "")
         print(
-            f"| {settings['bits'].upper()} | {method} | {settings['steps']} | {settings['samples']} "
+            f"| {settings['bits'].upper()} | {method} | {settings['steps']} "
             f"| {spread('nearest_top1')} | {spread('student_top1')} | {spread('teacher_agreement')} "
-            f"| {ratio:.0f} | {max(column('peak_rss_mib')):.0f} MiB | {len(found)} |"
+            f"|{timed} {len(found)} |"
         )
 
 
@@ -137,7 +144,7 @@ def main() -> None:
     for name in args.grid:
         wanted = [DEFAULTS | point | {"seed": seed} for point in GRIDS[name] for seed in args.seeds]
         rows = run_missing(wanted, args.out, args.root, args.threads)
-        print_table(rows, GRIDS[name])
+        print_table(rows, GRIDS[name], with_time=name == "time")
 
 
 if __name__ == "__main__":

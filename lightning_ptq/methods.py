@@ -16,10 +16,11 @@ MethodName = Literal["nearest", "adaround", "brecq", "qdrop"]
 
 # Share of a unit's steps after which "after" starts to learn scales: BRECQ gives 20k steps to rounding, 5k to scales.
 _AFTER = 0.8
-# The budget for which the papers state their rates, and those rates.
+# The budget for which the papers state their rates, and the rates there: the papers' 1e-3 for rounding, and for scales
+# about what their 4e-5 is in proportion to a typical scale, since here the logarithm is learned.
 _REFERENCE_STEPS = 20_000
 _REFERENCE_ROUNDING_LR = 1e-3
-_REFERENCE_SCALE_LR = 4e-5
+_REFERENCE_SCALE_LR = 1e-4
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,13 @@ def get_method(
 
 
 def default_rates(steps: int) -> tuple[float, float]:
-    """Learning rates of (rounding, logarithm of activation scales) for a budget of `steps` per unit."""
-    ratio = _REFERENCE_STEPS / steps
-    return _REFERENCE_ROUNDING_LR * ratio**0.62, _REFERENCE_SCALE_LR * ratio**0.87
+    """Learning rates of (rounding, logarithm of activation scales) for a budget of `steps` per unit.
+
+    Adam moves a parameter by about its rate at every step, so what can be reached in fewer steps needs higher rates,
+    almost in inverse proportion. The exponent fits what did best on held-out calibration images at 500 steps.
+    """
+    factor = (_REFERENCE_STEPS / steps) ** 0.8
+    return _REFERENCE_ROUNDING_LR * factor, _REFERENCE_SCALE_LR * factor
 
 
 def _cosine(progress: float) -> float:

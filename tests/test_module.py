@@ -13,7 +13,15 @@ from torch.utils.data import DataLoader
 
 from lightning_ptq import Term, UnitBatch
 from lightning_ptq.quantizers import act_quantizers, weight_quantizers
-from tests.helpers import assert_equal_states, quantization_state, tiny_data, tiny_images, tiny_module, tiny_net, trainer
+from tests.helpers import (
+    assert_equal_states,
+    quantization_state,
+    tiny_data,
+    tiny_images,
+    tiny_module,
+    tiny_net,
+    trainer,
+)
 
 
 @pytest.fixture(scope="module")
