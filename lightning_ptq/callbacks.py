@@ -88,10 +88,12 @@ class RunSummary(Callback):
     """Writes `summary.json` to the run folder and prints the table teacher / nearest / calibrated."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a folder that holds another run."""
-        if stage == "fit":
-            check_run_folder(trainer)
-            self._start = time.monotonic()
+        """Start the clock."""
+        self._start = time.monotonic()
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse a folder that holds another run; only now Lightning tells whether a checkpoint is continued."""
+        check_run_folder(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write and print; rank 0 only."""
@@ -104,7 +106,10 @@ class RunSummary(Callback):
         summary = summarize(module, trainer)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "summary.json", summary)
-        print(table(summary), f"\nsummary: {folder / 'summary.json'}", flush=True)  # noqa: T201 (the result)
+        bar = trainer.progress_bar_callback
+        if bar is not None:
+            bar.disable()  # a live bar would be drawn over the result
+        print(f"{table(summary)}\nsummary: {folder / 'summary.json'}", flush=True)  # noqa: T201 (the result)
 
 
 def summarize(module: PTQModule, trainer: L.Trainer) -> dict[str, Any]:
@@ -151,7 +156,7 @@ def table(summary: dict[str, Any]) -> str:
     lines += [f"{name:{width}} {cell(top1)} {cell(agreement):>30}" for name, top1, agreement in rows]
     rolled_back = [unit["name"] for unit in summary["units"] if not unit["accepted"]]
     if rolled_back:
-        lines.append(f"rolled back to nearest, since calibration made them worse: {', '.join(rolled_back)}")
+        lines.append(f"kept as rounded to nearest, since calibration did not improve them: {', '.join(rolled_back)}")
     return "\n".join(["", *lines])
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -51,11 +53,22 @@ def build_model(name: str, weights: str | None = None) -> nn.Module:
                 f"model={name!r} with weights={weights!r}: {error}. Name a model and weights of torchvision, "
                 "a weights file that exists, or the import path of a function that returns a model."
             ) from None
+        except OSError as error:
+            raise PTQError(
+                f"weights={weights!r} of {name!r} can't be downloaded: {error}. Give a weights file that exists."
+            ) from error
     module, _, attribute = name.rpartition(".")
     try:
-        network = getattr(import_module(module), attribute)()
-    except (ImportError, AttributeError) as error:
+        build = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
         raise PTQError(f"model={name!r} can't be imported: {error}. Give the path of a function or class.") from None
+    try:
+        network = build()
+    except TypeError as error:
+        raise PTQError(
+            f"model={name!r} can't be called without arguments: {error}. Give class_path and init_args, or the path "
+            "of a function that needs none."
+        ) from error
     if not isinstance(network, nn.Module):
         raise PTQError(f"model={name!r} returned {type(network).__name__}, not a torch.nn.Module.")
     return network
@@ -100,10 +113,12 @@ class SaveRunConfig(SaveConfigCallback):
     """Writes config.yaml, but never into a folder that holds another run."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Nothing yet: before `on_fit_start`, Lightning does not tell whether a checkpoint is continued."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check the folder first: this callback runs before every other."""
-        if stage == "fit":
-            check_run_folder(trainer)
-            super().setup(trainer, pl_module, stage)
+        check_run_folder(trainer)
+        super().setup(trainer, pl_module, "fit")
 
 
 class PTQCLI(LightningCLI):
@@ -120,22 +135,40 @@ class PTQCLI(LightningCLI):
             self.config.plan.model.weights = None
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a message of Lightning tells a user of the command line something."""
+    text = record.getMessage()
+    # Advertising, and this module's own bar and checkpoint callback, which replace Lightning's on purpose.
+    return not text.startswith("💡 Tip:") and "`LightningModule.configure_callbacks` will override" not in text
+
+
 def main(args: ArgsType = None) -> None:
     """Entry point of `lightning-ptq` and `python -m lightning_ptq`; `args` stand in for the command line in tests."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
+    # It keeps the last checkpoint only, and every command has a folder of its own: nothing is lost.
+    warnings.filterwarnings("ignore", "The dirpath has changed from")
+    # Lightning 2.6 calls what newer torch deprecates; only Lightning can change that.
+    warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec\).", FutureWarning)
     try:
         PTQCLI(
             build_module,
             CalibrationDataModule,
             subclass_mode_data=True,
             trainer_class=Trainer,
+            # As many epochs as there are units; None would make Lightning announce 1000.
+            trainer_defaults={"max_epochs": -1},
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             args=args,
         )
-    except PTQError as error:
-        if args is not None:
+    except ValueError as error:
+        # A PTQError is one; and jsonargparse wraps what a datamodule refuses: `data` is optional, so a union for it.
+        told = error if isinstance(error, PTQError) else error.__cause__
+        if not isinstance(told, PTQError):
             raise
-        print(f"lightning-ptq: error: {error}", file=sys.stderr)
+        if args is not None:
+            raise told from None
+        print(f"lightning-ptq: error: {told}", file=sys.stderr)
         sys.exit(2)

@@ -43,8 +43,10 @@ def plan_text(chains: ChainPair, quant: QuantConfig, image_shape: tuple[int, ...
     ]
     for k, name in enumerate(chains.student.names):
         layers = [layer for layer in chains.layers if layer.unit == k]
-        # Teacher's and student's input and the teacher's output, float32.
-        cache = samples * 4 * (2 * _numel(shapes[k]) + _numel(shapes[k + 1]))
+        # As UnitCache, float32: both networks' inputs (the images are one and the same), the teacher's output of this
+        # unit, and that of the whole network.
+        inputs = 1 if k == 0 else 2
+        cache = samples * 4 * (inputs * _numel(shapes[k]) + _numel(shapes[k + 1]) + _numel(shapes[-1]))
         title = f"{k + 1:>3}  {name}"
         parameters = sum(layer.parameters for layer in layers)
         lines.append(f"{title:<32} {_shape(shapes[k + 1]):>15} {parameters:>12,} {cache / 2**20:>10.1f}")

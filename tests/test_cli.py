@@ -1,0 +1,307 @@
+"""The command line as a user meets it: every shipped config, every subcommand, every message."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+import torch
+import torchvision
+
+from lightning_ptq import PTQError
+from lightning_ptq.cli import main
+from lightning_ptq.models import resnet20
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+CIFAR10 = sorted((ROOT / "configs" / "cifar10").glob("*.yaml"))
+IMAGENET = sorted((ROOT / "configs" / "imagenet").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quickstart names its weights relative to the checkout."""
+    monkeypatch.chdir(ROOT)
+
+
+def run(command: str, config: Path, *args: object) -> None:
+    main([command, "--config", str(config), *map(str, args)])
+
+
+def quickstart(folder: Path, *args: object) -> None:
+    """A short fit of the quickstart into `folder`."""
+    run("fit", QUICKSTART, "--model.steps_per_unit=10", f"--trainer.default_root_dir={folder}",
+        "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
+        "--trainer.log_every_n_steps=10", *args)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folder of a finished fit."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        quickstart(folder)
+    (summary,) = folder.rglob("summary.json")
+    return summary.parent
+
+
+def student_top1(text: str) -> float:
+    """The number behind `student_top1` in the table that validate and test print."""
+    found = re.search(r"student_top1\D+([\d.]+)", text.replace("│", " "))
+    assert found, text
+    return float(found[1])
+
+
+# ---- every subcommand on the quickstart ----
+
+
+def test_fit_leaves_a_complete_run_folder_and_prints_the_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quickstart(tmp_path)
+    (path,) = tmp_path.rglob("summary.json")
+    assert {"config.yaml", "summary.json", "checkpoints"} <= {entry.name for entry in path.parent.iterdir()}
+    assert (path.parent / "checkpoints" / "last.ckpt").is_file()
+    summary, printed = json.loads(path.read_text()), capsys.readouterr().out
+    assert summary["teacher_top1"] == pytest.approx(98.87, abs=0.01)
+    for row in ("teacher, float32", "nearest, W2A2", "qdrop + contrastive, W2A2"):
+        assert row in printed
+    assert f"{summary['student_top1']:.2f}" in printed
+    assert str(path) in printed
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_the_saved_config_and_checkpoint_give_the_same_accuracy(
+    finished: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = json.loads((finished / "summary.json").read_text())["student_top1"]
+    run(command, finished / "config.yaml", f"--ckpt_path={finished / 'checkpoints' / 'last.ckpt'}",
+        f"--trainer.default_root_dir={tmp_path}")  # fmt: skip
+    assert student_top1(capsys.readouterr().out) == pytest.approx(expected, abs=1e-3)
+
+
+def test_predict_accepts_the_saved_config_and_checkpoint(finished: Path, tmp_path: Path) -> None:
+    run("predict", finished / "config.yaml", f"--ckpt_path={finished / 'checkpoints' / 'last.ckpt'}",
+        f"--trainer.default_root_dir={tmp_path}")  # fmt: skip
+
+
+def test_an_interrupted_fit_is_resumed_to_the_same_result(finished: Path, tmp_path: Path) -> None:
+    quickstart(tmp_path / "stopped", "--trainer.max_epochs=2")
+    (checkpoint,) = tmp_path.rglob("last.ckpt")
+    quickstart(tmp_path / "resumed", f"--ckpt_path={checkpoint}")
+    (summary,) = (tmp_path / "resumed").rglob("summary.json")
+    expected, found = (json.loads(path.read_text()) for path in (finished / "summary.json", summary))
+    assert [unit["mse_after"] for unit in found["units"]] == [unit["mse_after"] for unit in expected["units"]]
+    assert found["student_top1"] == expected["student_top1"]
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(tmp_path: Path) -> None:
+    quickstart(tmp_path, "--trainer.logger=false")
+    before = {name: (tmp_path / name).read_bytes() for name in ("summary.json", "config.yaml", "checkpoints/last.ckpt")}
+    with pytest.raises(PTQError, match="already holds a run"):
+        quickstart(tmp_path, "--trainer.logger=false", "--model.quant.act_bits=4")
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+def test_a_folder_that_holds_a_run_is_continued_with_its_checkpoint(tmp_path: Path) -> None:
+    quickstart(tmp_path, "--trainer.logger=false", "--trainer.max_epochs=2")
+    quickstart(tmp_path, "--trainer.logger=false", f"--ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}")
+    assert len(json.loads((tmp_path / "summary.json").read_text())["units"]) == 5
+
+
+def test_lightnings_noise_is_not_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    quickstart(tmp_path, "--trainer.enable_progress_bar=true", "--trainer.fast_dev_run=true")
+    assert not [r for r in caplog.messages if "Tip:" in r or "will override" in r or "max_epochs" in r]
+
+
+# ---- every shipped config ----
+
+
+@pytest.fixture
+def small_images(tmp_path: Path, write_image: Callable[..., Path]) -> Path:
+    """Folder with calib/ and train/ (8 images each) and val/ (two classes), 32x32 pixels."""
+    for seed in range(8):
+        for name in ("calib", "train/cat"):
+            write_image(tmp_path / "images" / name / f"{seed}.jpg", size=(32, 32), seed=seed)
+    for seed, label in enumerate(("cat", "dog")):
+        write_image(tmp_path / "images" / "val" / label / "0.jpg", size=(32, 32), seed=10 + seed)
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """Weights of an untrained resnet20."""
+    torch.save(resnet20().state_dict(), tmp_path / "resnet20.pt")
+    return tmp_path / "resnet20.pt"
+
+
+def small_fit(config: Path, folder: Path, *args: object) -> None:
+    """One batch of everything, on the CPU."""
+    run("fit", config, "--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", "--model.batch_size=4",
+        "--data.calibration_samples=8", f"--trainer.default_root_dir={folder}", *args)  # fmt: skip
+
+
+def test_the_configs_are_all_covered_here() -> None:
+    assert {QUICKSTART, *CIFAR10, *IMAGENET} == set((ROOT / "configs").rglob("*.yaml"))
+    assert CIFAR10
+    assert IMAGENET
+
+
+def test_the_quickstart_runs_as_it_is(tmp_path: Path) -> None:
+    run("fit", QUICKSTART, "--trainer.fast_dev_run=true", f"--trainer.default_root_dir={tmp_path}")
+    assert not list(tmp_path.iterdir()), "fast_dev_run leaves nothing behind"
+
+
+@pytest.mark.parametrize("config", CIFAR10, ids=lambda path: path.stem)
+def test_the_cifar10_configs_run_on_a_folder_of_images(
+    config: Path, small_images: Path, weights: Path, tmp_path: Path
+) -> None:
+    small_fit(config, tmp_path / "run", f"--data.root={small_images}", f"--model.weights={weights}")
+
+
+@pytest.mark.parametrize("config", IMAGENET, ids=lambda path: path.stem)
+def test_the_imagenet_configs_are_planned_without_weights_or_data(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("plan", config)
+    printed = capsys.readouterr().out
+    assert "1024 calibration images of shape 3x224x224, W4A4, edges 8bit" in printed
+    for layer in ("conv1 ", "layer1.0.conv1", "layer4.1.conv2", "fc "):
+        assert layer in printed
+
+
+def test_the_resnet18_config_runs_on_a_folder_of_images(small_images: Path, tmp_path: Path) -> None:
+    (config,) = (path for path in IMAGENET if "resnet18" in path.stem)
+    small_fit(config, tmp_path / "run", f"--data.root={small_images}", "--model.weights=null", "--data.resize=36",
+              "--data.crop=32", "--data.num_workers=0")  # fmt: skip
+
+
+# ---- errors ----
+
+
+def test_from_the_shell_an_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "lightning_ptq", "fit", "--config", QUICKSTART, "--model.weights=nowhere.pt",
+         f"--trainer.default_root_dir={tmp_path}"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 2
+    *_, line = result.stderr.splitlines()
+    assert line.startswith("lightning-ptq: error: weights='nowhere.pt' is no file.")
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--model.quant.weight_bits=9", r"weight_bits=9 .*2 to 8"),
+        ("--model.quant.act_bits=1", r"act_bits=1 .*2 to 8, or 16"),
+        ("--model.steps_per_unit=0", r"steps_per_unit=0 .*1 or more"),
+        ("--model.leaf_modules=[conv]", r"leaf_modules.*'conv'"),
+        ("--model.weights=nowhere.pt", r"weights='nowhere.pt' is no file"),
+        ("--model.weights=configs", r"weights='configs' is no file"),
+        ("--model.model=resnet99", r"model='resnet99' .*Unknown model"),
+        ("--model.model=lightning_ptq.models.resnet99", r"'lightning_ptq.models.resnet99' can't be imported"),
+        ("--model.model=nowhere.resnet", r"'nowhere.resnet' can't be imported"),
+        ("--model.model=.resnet", r"'.resnet' can't be imported"),
+        ("--model.model=lightning_ptq.config.check_bits", r"check_bits' can't be called without arguments"),
+        ("--model.model=lightning_ptq.QuantConfig", r"returned QuantConfig, not a torch.nn.Module"),
+        ("--trainer.precision=bf16-true", r"precision='bf16-true' .*32-true"),
+        ("--data.calibration_samples=0", r"calibration_samples=0 is too small"),
+        ("--data.calibration_samples=16", r"batch_size=32 .*16 calibration images"),
+    ],
+)
+def test_a_wrong_setting_is_named(tmp_path: Path, option: str, message: str) -> None:
+    with pytest.raises(PTQError, match=message):
+        quickstart(tmp_path, option)
+    assert not list(tmp_path.rglob("checkpoints"))
+
+
+@pytest.mark.parametrize(
+    ("option", "rule"),
+    [
+        ("--model.method=magic", "'nearest', 'adaround', 'brecq', 'qdrop'"),
+        ("--model.quant.weight_bits=four", "int"),
+        ("--model.quant.edges=16bit", "'8bit', 'same'"),
+        ("--model.cache=disk", "'auto', 'device', 'host'"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named_with_the_choices(
+    tmp_path: Path, option: str, rule: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        quickstart(tmp_path, option)
+    assert exit_.value.code == 2
+    stderr = capsys.readouterr().err
+    assert option.partition("=")[2] in stderr
+    assert rule in stderr
+
+
+class Bomb:
+    """Unpickling this creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda folder: resnet20().state_dict(), r"do not fit CifarResNet: .*layer1\.1"),
+        (lambda folder: [1, 2, 3], "do not fit CifarResNet"),
+        (lambda folder: torch.zeros(3), "do not fit CifarResNet"),
+        (lambda folder: {"epoch": 3}, "do not fit CifarResNet"),
+        (lambda folder: {"state_dict": {}, "code": Bomb(folder / "ran")}, "can't be read"),
+    ],
+    ids=["another model", "a list", "a tensor", "no state dict", "code"],
+)
+def test_weights_that_do_not_fit_are_refused_and_run_no_code(
+    tmp_path: Path, content: Callable[[Path], Any], message: str
+) -> None:
+    torch.save(content(tmp_path), tmp_path / "weights.pt")
+    with pytest.raises(PTQError, match=message):
+        quickstart(tmp_path / "run", f"--model.weights={tmp_path / 'weights.pt'}")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model"])
+def test_weights_below_a_usual_key_are_found(tmp_path: Path, key: str) -> None:
+    state = torch.load(ROOT / "lightning_ptq" / "demo" / "digits.pt", weights_only=True)
+    torch.save({key: state, "epoch": 3}, tmp_path / "weights.pt")
+    quickstart(tmp_path / "run", f"--model.weights={tmp_path / 'weights.pt'}", "--trainer.fast_dev_run=true")
+
+
+def test_a_missing_data_folder_is_named(tmp_path: Path, weights: Path) -> None:
+    with pytest.raises(PTQError, match=r"data.root='.*nowhere' is not a folder"):
+        small_fit(CIFAR10[0], tmp_path, f"--data.root={tmp_path / 'nowhere'}", f"--model.weights={weights}")
+
+
+def test_the_cifar10_configs_never_calibrate_an_untrained_network(tmp_path: Path, small_images: Path) -> None:
+    with pytest.raises(PTQError, match=r"weights='resnet20.pt' is no file"):
+        small_fit(CIFAR10[0], tmp_path, f"--data.root={small_images}")
+
+
+def test_weights_that_torchvision_does_not_know_are_named(tmp_path: Path) -> None:
+    with pytest.raises(PTQError, match=r"weights='resnet18.pth'.*weights file that exists"):
+        small_fit(IMAGENET[0], tmp_path, "--model.weights=resnet18.pth")
+
+
+def test_weights_that_cannot_be_downloaded_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: Any, **kwargs: Any) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr(torchvision.models, "get_model", offline)
+    with pytest.raises(PTQError, match=r"'IMAGENET1K_V1' of 'resnet18' can't be downloaded: .*no network"):
+        small_fit(IMAGENET[0], tmp_path)
