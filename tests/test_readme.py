@@ -1,0 +1,44 @@
+"""What README.md shows runs as it is printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from torch.utils.data import DataLoader, TensorDataset
+
+from tests.helpers import tiny_images, tiny_net
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+# What a user without a progress bar, logger or max_epochs would see is Lightning's business.
+@pytest.mark.filterwarnings("ignore:.*tensorboard.*:UserWarning")
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert example.count("\n") <= 13
+    monkeypatch.chdir(tmp_path)
+    images = tiny_images(40)
+    names = {
+        "model": tiny_net(),
+        "calib_loader": DataLoader(images, batch_size=20),
+        "val_loader": DataLoader(TensorDataset(images, tiny_net()(images).argmax(1)), batch_size=20),
+    }
+    with pytest.warns(UserWarning, match="only 40 calibration images"):
+        exec(example.replace("steps_per_unit=2000", "steps_per_unit=3"), names)
+    assert len(names["module"].reports) == 4
+
+
+def test_the_two_commands_are_those_of_ci() -> None:
+    ci = (README.parent / ".ci" / "run").read_text()
+    text = README.read_text()
+    for command in ('pip install -e ".[demo,dev]"', "pytest"):
+        assert f"    {command}\n" in text
+    assert '-e ".[demo,dev]"' in ci
+
+
+def test_every_path_that_the_readme_names_exists() -> None:
+    for path in set(re.findall(r"(?:configs|tests|benchmarks|notebooks|docs)/[\w./]*\w", README.read_text())):
+        assert (README.parent / path).exists() or (README.parent / f"{path}.py").exists(), path
