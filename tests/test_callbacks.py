@@ -1,0 +1,96 @@
+"""What a fit shows and leaves: bars by unit, checkpoints, the summary's table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
+
+from lightning_ptq.callbacks import (
+    RunSummary,
+    StepCheckpoint,
+    UnitCheckpoint,
+    UnitRichBar,
+    UnitTQDMBar,
+    table,
+    write_json,
+)
+from tests.helpers import tiny_data, tiny_module, trainer
+
+
+def test_the_tqdm_bar_names_unit_and_terms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bar = TQDMProgressBar(refresh_rate=1)
+    fit = trainer(tmp_path, enable_progress_bar=True, callbacks=[bar])
+    fit.fit(tiny_module(contrastive=True), datamodule=tiny_data())
+    shown = capsys.readouterr()
+    text = shown.out + shown.err
+    for title in ("unit 1/4 stem", "unit 2/4 blocks.0", "unit 4/4 fc"):
+        assert title in text
+    for term in ("reconstruction=", "rounding=", "contrastive="):
+        assert term in text
+    assert type(fit.progress_bar_callback) is UnitTQDMBar
+
+
+def test_the_rich_bar_names_units(tmp_path: Path) -> None:
+    pytest.importorskip("rich")
+    titles = []
+
+    class Spy(UnitRichBar):
+        def _get_train_description(self, current_epoch: int) -> str:
+            titles.append(super()._get_train_description(current_epoch))
+            return titles[-1]
+
+    trainer(tmp_path, enable_progress_bar=True, callbacks=[Spy()]).fit(tiny_module(), datamodule=tiny_data())
+    assert {"unit 1/4 stem", "unit 4/4 fc"} <= set(titles)
+
+
+def test_defaults_are_replaced_and_the_users_callbacks_stay(tmp_path: Path) -> None:
+    fit = trainer(tmp_path, enable_progress_bar=True, callbacks=[RichProgressBar()] if _rich() else None)
+    fit.fit(tiny_module(), datamodule=tiny_data())
+    kinds = {type(callback) for callback in fit.callbacks}
+    assert {RunSummary, UnitCheckpoint} <= kinds
+    assert ModelCheckpoint not in kinds
+    assert StepCheckpoint not in kinds, "units of a few steps need none in their middle"
+
+    mine = ModelCheckpoint(tmp_path / "mine", every_n_train_steps=5, save_top_k=-1)
+    fit = trainer(tmp_path / "second", callbacks=[mine])
+    fit.fit(tiny_module(), datamodule=tiny_data())
+    assert mine in fit.callbacks
+    assert list((tmp_path / "mine").glob("*.ckpt"))
+
+
+def test_long_units_get_checkpoints_in_their_middle(tmp_path: Path) -> None:
+    fit = trainer(tmp_path, max_steps=1)
+    fit.fit(tiny_module(steps_per_unit=2000), datamodule=tiny_data())
+    assert StepCheckpoint in {type(callback) for callback in fit.callbacks}
+
+
+def test_the_table_shows_three_rows_and_what_was_rolled_back() -> None:
+    summary = {
+        "weight_bits": 2, "act_bits": 4, "method": "qdrop", "contrastive": True, "teacher_top1": 88.55,
+        "nearest_top1": 16.2, "student_top1": 86.125, "teacher_agreement": 91.0, "nearest_agreement": 16.5,
+        "units": [{"name": "conv1", "accepted": False}, {"name": "fc", "accepted": True}],
+    }  # fmt: skip
+    lines = table(summary).splitlines()
+    assert [line.split()[-2:] for line in lines[2:5]] == [["88.55", "100.00"], ["16.20", "16.50"], ["86.12", "91.00"]]
+    assert lines[4].startswith("qdrop + contrastive, W2A4")
+    assert lines[5].endswith("conv1")
+    assert " - " in table(summary | {"student_top1": None}) + " "
+
+
+def test_a_summary_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def _rich() -> bool:
+    try:
+        import rich  # noqa: F401
+    except ImportError:
+        return False
+    return True
