@@ -29,7 +29,8 @@ Gather = Callable[[Tensor], Iterable[Tensor]]
 
 @dataclass(frozen=True)
 class UnitReport:
-    """What calibration did to one unit; `mse` is the reconstruction loss, before calibration and after."""
+    """What calibration did to one unit; `mse` is the reconstruction loss, before calibration and of the unit
+    as it is left: where calibration was not accepted, both are the same."""
 
     name: str
     mse_before: float
@@ -121,7 +122,7 @@ def finish_unit(cache: UnitCache, mean: Callable[[Tensor], Tensor], seconds: flo
     accepted = after <= before and scales_are_finite(unit)
     if not accepted:
         restore_initial(unit)
-        out = cache.student_out()
+        out, after = cache.student_out(), before
     weights = sum(layer.weight.numel() for _, layer in quantized_layers(unit))
     flipped = sum(layer.weight_quantizer.flipped(layer.weight) for _, layer in quantized_layers(unit))
     report = UnitReport(

@@ -129,8 +129,7 @@ class PTQModule(L.LightningModule):
         self._drop = DropMask(self.method.drop)
         # Equal on all ranks by construction, and DDP wraps anew for every unit.
         self._ddp_params_and_buffers_to_ignore = [f"teacher.{name}" for name in self.teacher.state_dict()]
-        # What DDP sees when it wraps for the first time, before the first unit is entered.
-        self._select(0)
+        self._select(None)
 
     # ---- Lightning's hooks, in the order in which a fit calls them ----
 
@@ -150,6 +149,8 @@ class PTQModule(L.LightningModule):
         # A fit starts anew, also on a module that was fitted before; a checkpoint is loaded after this hook.
         self.session = Session(self.teacher, self.student)
         forget_ranges(self.student)
+        # What DDP sees when it wraps for the first time, before the first unit is entered.
+        self._select(0)
         loop, units = self.trainer.fit_loop, len(self.student)
         loop.max_epochs = units if loop.max_epochs is None or loop.max_epochs < 0 else min(units, loop.max_epochs)
         if self.trainer.datamodule.val_dataloader() == []:  # type: ignore[attr-defined]
@@ -243,8 +244,9 @@ class PTQModule(L.LightningModule):
         self._finish_if_done()
 
     def on_train_end(self) -> None:
-        """Drop the caches: nothing that is left to do needs them."""
+        """Drop the caches and select no unit: from here on the student is the same with and without gradients."""
         self.session.close()
+        self._select(None)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the teacher out; add what identifies the run and what is known of the finished units."""
@@ -304,6 +306,7 @@ class PTQModule(L.LightningModule):
             self.enter_unit(done - 1)
             self._finish(done - 1)
             self.session.close()
+            self._select(None)
 
     def _finish_if_done(self) -> None:
         """Judge the current unit unless it was stopped in the middle (max_steps, max_time)."""
@@ -318,12 +321,14 @@ class PTQModule(L.LightningModule):
             for logger in self.loggers:
                 logger.log_metrics({f"units/{report.name}/{k}": v for k, v in numbers.items()}, step=self.global_step)
 
-    def _select(self, unit: int) -> None:
-        """Train and drop in `unit` only. The teacher, weights and other units never require gradients."""
+    def _select(self, unit: int | None) -> None:
+        """Train and drop in `unit` only, or nowhere. The teacher, weights and other units never require gradients."""
         self.teacher.requires_grad_(False)
         self.student.requires_grad_(False)
         for q in act_quantizers(self.student):
             q.drop = None
+        if unit is None:
+            return
         for act in act_quantizers(self.student.units[unit]):
             act.log_scale.requires_grad_(self.method.scales != "none")
             act.drop = self._drop
