@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import sys
@@ -78,10 +79,10 @@ class UnitCheckpoint(ModelCheckpoint):
 
 
 class StepCheckpoint(ModelCheckpoint):
-    """A checkpoint every thousand steps, for units that take long."""
+    """`last.ckpt` every thousand steps too, for units that take long."""
 
     def __init__(self) -> None:
-        super().__init__(filename="step", every_n_train_steps=_LONG_UNIT, enable_version_counter=False)
+        super().__init__(save_top_k=0, save_last=True, every_n_train_steps=_LONG_UNIT, enable_version_counter=False)
 
 
 class RunSummary(Callback):
@@ -94,6 +95,10 @@ class RunSummary(Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a folder that holds another run; only now Lightning tells whether a checkpoint is continued."""
         check_run_folder(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave the student as it would be used, also after an interrupt."""
+        pl_module.leave_units()  # type: ignore[operator]
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write and print; rank 0 only."""
@@ -134,7 +139,14 @@ def summarize(module: PTQModule, trainer: L.Trainer) -> dict[str, Any]:
         "wall_seconds": {key: round(value, 3) for key, value in module.session.wall_seconds.items()},
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": torch.cuda.max_memory_allocated(module.device) if module.device.type == "cuda" else 0,
-        "units": [report.to_dict() for report in module.reports],
+        # JSON has no infinity: an SQNR without noise, or of a constant output, is null.
+        "units": [
+            {
+                key: None if isinstance(value, float) and not math.isfinite(value) else value
+                for key, value in unit.items()
+            }
+            for unit in (report.to_dict() for report in module.reports)
+        ],
     }
 
 
@@ -164,7 +176,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write to a temporary file, flush, rename: a reader never sees half a file."""
     temporary = path.with_suffix(".tmp")
     with temporary.open("w") as file:
-        json.dump(content, file, indent=2)
+        json.dump(content, file, indent=2, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
@@ -188,7 +200,8 @@ def model_callbacks(trainer: L.Trainer, module: PTQModule) -> list[Callback]:
         callbacks.append(UnitRichBar())
     elif type(bar) is TQDMProgressBar:
         callbacks.append(UnitTQDMBar(refresh_rate=bar.refresh_rate))
-    if any(_is_default(c) for c in trainer.checkpoint_callbacks) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+    defaults = [_is_default(callback) for callback in trainer.checkpoint_callbacks]
+    if defaults and all(defaults) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         callbacks.append(UnitCheckpoint())
         if module.steps_per_unit > _LONG_UNIT:
             callbacks.append(StepCheckpoint())

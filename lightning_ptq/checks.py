@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
@@ -55,6 +56,12 @@ def check_trainer(trainer: L.Trainer) -> None:
             "fit got an image loader or a plain datamodule; calibration draws its own batches from caches. Pass "
             "datamodule=CalibrationDataModule.from_loaders(calib_loader, val_loader), or .wrap(datamodule)."
         )
+
+
+def check_device(device: torch.device) -> None:
+    """Raise `PTQError` for a device that can't calibrate."""
+    if device.type == "mps":
+        raise PTQError("accelerator='mps' has no float64, which range estimation needs. Use accelerator='cpu'.")
 
 
 def run_folder(trainer: L.Trainer) -> Path:

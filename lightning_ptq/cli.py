@@ -147,6 +147,8 @@ def main(args: ArgsType = None) -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
     # It keeps the last checkpoint only, and every command has a folder of its own: nothing is lost.
     warnings.filterwarnings("ignore", "The dirpath has changed from")
+    # Without tensorboard, which is no dependency, Lightning logs to CSV files; that needs no paragraph.
+    warnings.filterwarnings("ignore", "Starting from v1.9.0, `tensorboardX` has been removed")
     # Lightning 2.6 calls what newer torch deprecates; only Lightning can change that.
     warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec\).", FutureWarning)
     try:

@@ -19,7 +19,7 @@ from lightning_ptq.allocator import keep_freed_memory
 from lightning_ptq.cache import Minibatch, mixed_seed
 from lightning_ptq.calibration import UnitReport
 from lightning_ptq.callbacks import model_callbacks
-from lightning_ptq.checks import check_settings, check_trainer
+from lightning_ptq.checks import check_device, check_settings, check_trainer
 from lightning_ptq.config import Granularity, QuantConfig
 from lightning_ptq.errors import PTQError
 from lightning_ptq.fingerprint import check_same, model_digest
@@ -117,7 +117,7 @@ class PTQModule(L.LightningModule):
         objective: dict[str, Term] = {"reconstruction": Reconstruction()}
         if self.method.rounding == "adaround":
             objective["rounding"] = RoundingRegularizer(rounding_weight)
-        if contrastive:
+        if contrastive and self.method.learns:
             objective["contrastive"] = Contrastive(critic)
         self.objective = Objective(objective | (terms or {}), len(self.student))
         # Lightning and DDP insist on a gradient; a unit that has nothing to learn gives them this one.
@@ -142,13 +142,11 @@ class PTQModule(L.LightningModule):
         if stage != "fit":
             return
         check_trainer(self.trainer)
+        check_device(self.trainer.strategy.root_device)
         # Both networks are frozen in eval mode on purpose.
         warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode", PossibleUserWarning)
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
-        # A fit starts anew, also on a module that was fitted before; a checkpoint is loaded after this hook.
-        self.session = Session(self.teacher, self.student)
-        forget_ranges(self.student)
         # What DDP sees when it wraps for the first time, before the first unit is entered.
         self._select(0)
         loop, units = self.trainer.fit_loop, len(self.student)
@@ -158,6 +156,15 @@ class PTQModule(L.LightningModule):
         if self.trainer.check_val_every_n_epoch == 1:
             # Lightning's default would validate after every unit; what counts is the finished network.
             self.trainer.check_val_every_n_epoch = max(loop.max_epochs, 1)
+
+    def on_fit_start(self) -> None:
+        """Start anew, also on a module that was fitted before, unless a checkpoint is continued.
+
+        Not earlier: a fit that is refused must leave the module as it was.
+        """
+        if not self.trainer.ckpt_path:
+            self.session = Session(self.teacher, self.student)
+            forget_ranges(self.student)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One Adam over all quantization parameters; those of other units have no gradients and are skipped."""
@@ -195,7 +202,8 @@ class PTQModule(L.LightningModule):
                 progress=self.method.rounding_progress(progress),
             )
         )
-        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if interval and (batch_idx + 1) % interval == 0:
             self.log_dict(terms, prog_bar=True, logger=False)
             self.log_dict({f"units/{name}/{term}": value for term, value in terms.items()})
         return torch.stack(list(terms.values())).sum() + 0.0 * self.anchor
@@ -203,6 +211,7 @@ class PTQModule(L.LightningModule):
     def on_validation_start(self) -> None:
         """Inside `fit`, judge a unit whose steps are done before it is validated."""
         self._validation_clock = time.monotonic()
+        self._check_ranges()
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self._finish_if_done()
 
@@ -221,6 +230,19 @@ class PTQModule(L.LightningModule):
     def on_validation_end(self) -> None:
         """Account for the time that validation took."""
         self.session.wall_seconds["validation"] += time.monotonic() - self._validation_clock
+
+    def on_test_start(self) -> None:
+        """Refuse to pass the float network off as the quantized one."""
+        self._check_ranges()
+
+    def on_predict_start(self) -> None:
+        """Refuse to pass the float network off as the quantized one."""
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        """A quantizer without ranges passes floats through; in a fit that is a sanity check, elsewhere an error."""
+        if self.trainer.state.fn != "fit" and not all(q.enabled for q in weight_quantizers(self.student)):
+            raise PTQError("the quantizers have no ranges yet: run fit first, or give ckpt_path, a fit's checkpoint.")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """The same as `validation_step`."""
@@ -245,8 +267,7 @@ class PTQModule(L.LightningModule):
 
     def on_train_end(self) -> None:
         """Drop the caches and select no unit: from here on the student is the same with and without gradients."""
-        self.session.close()
-        self._select(None)
+        self.leave_units()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the teacher out; add what identifies the run and what is known of the finished units."""
@@ -305,8 +326,12 @@ class PTQModule(L.LightningModule):
         if len(self.session.reports) < done and self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             self.enter_unit(done - 1)
             self._finish(done - 1)
-            self.session.close()
-            self._select(None)
+            self.leave_units()
+
+    def leave_units(self) -> None:
+        """Train no unit any more and drop the caches."""
+        self.session.close()
+        self._select(None)
 
     def _finish_if_done(self) -> None:
         """Judge the current unit unless it was stopped in the middle (max_steps, max_time)."""

@@ -78,8 +78,9 @@ class Session:
         """
         self._unit_clock, self._carried_seconds = time.monotonic() - self._carried_seconds, 0.0
         if self.cache is None:
-            self._world = world
+            opened, self._world = time.monotonic(), world
             self.cache = self._open(open_images(), world, **how)
+            self._unit_clock += time.monotonic() - opened
         while self.cache.unit < unit:
             # A checkpoint may have been written before its unit was judged.
             self.finish(self.cache.unit)

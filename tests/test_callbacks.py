@@ -64,7 +64,9 @@ def test_defaults_are_replaced_and_the_users_callbacks_stay(tmp_path: Path) -> N
 def test_long_units_get_checkpoints_in_their_middle(tmp_path: Path) -> None:
     fit = trainer(tmp_path, max_steps=1)
     fit.fit(tiny_module(steps_per_unit=2000), datamodule=tiny_data())
-    assert StepCheckpoint in {type(callback) for callback in fit.callbacks}
+    (middle,) = [callback for callback in fit.callbacks if isinstance(callback, StepCheckpoint)]
+    assert middle.save_last
+    assert middle._every_n_train_steps == 1000
 
 
 def test_the_table_shows_three_rows_and_what_was_rolled_back() -> None:

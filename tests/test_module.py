@@ -11,7 +11,8 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from lightning_ptq import Term, UnitBatch
+from lightning_ptq import PTQError, Term, UnitBatch
+from lightning_ptq.checks import check_device
 from lightning_ptq.quantizers import act_quantizers, weight_quantizers
 from tests.helpers import (
     assert_equal_states,
@@ -263,3 +264,43 @@ def test_weight_quantizers_hold_hard_rounding_in_the_end(fitted) -> None:
         assert q.alpha is not None
         integers = q.integers(torch.zeros_like(q.alpha))
         assert torch.equal(integers, integers.round())
+
+
+def test_a_student_without_ranges_is_not_passed_off_as_quantized(tmp_path: Path) -> None:
+    for command in ("validate", "test", "predict"):
+        with pytest.raises(PTQError, match="no ranges yet: run fit first, or give ckpt_path"):
+            getattr(trainer(tmp_path), command)(tiny_module(), datamodule=tiny_data())
+
+
+def test_a_refused_fit_leaves_the_module_as_it_was(tmp_path: Path) -> None:
+    module = tiny_module()
+    trainer(tmp_path).fit(module, datamodule=tiny_data())
+    state, reports = quantization_state(module), list(module.reports)
+    with pytest.raises(PTQError, match="already holds a run"):
+        trainer(tmp_path).fit(module, datamodule=tiny_data())
+    assert_equal_states(quantization_state(module), state)
+    assert module.reports == reports
+
+
+def test_an_interrupted_fit_leaves_no_unit_selected(tmp_path: Path) -> None:
+    class Interrupt(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: object) -> None:
+            if trainer.global_step == 8:
+                raise RuntimeError("stop")
+
+    module = tiny_module()
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer(tmp_path, callbacks=[Interrupt()]).fit(module, datamodule=tiny_data())
+    assert not any(p.requires_grad for p in module.student.parameters())
+    assert module.session.cache is None
+
+
+def test_nearest_with_contrastive_learns_nothing_either(tmp_path: Path) -> None:
+    module = tiny_module(method="nearest", contrastive=True)
+    trainer(tmp_path, log_every_n_steps=0).fit(module, datamodule=tiny_data())
+    assert all(report.flipped_fraction == 0 for report in module.reports)
+
+
+def test_a_device_without_float64_is_refused() -> None:
+    with pytest.raises(PTQError, match="accelerator='mps'"):
+        check_device(torch.device("mps"))
