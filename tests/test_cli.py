@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -198,6 +199,20 @@ def test_from_the_shell_an_error_is_one_line_and_exit_code_2(tmp_path: Path) -> 
     *_, line = result.stderr.splitlines()
     assert line.startswith("lightning-ptq: error: weights='nowhere.pt' is no file.")
     assert "Traceback" not in result.stderr
+
+
+def test_the_installed_command_says_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (value,) = re.findall(r'^lightning-ptq = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    command = EntryPoint("lightning-ptq", value, "console_scripts").load()
+    arguments = ["fit", "--config", QUICKSTART, "--model.weights=nowhere.pt", f"--trainer.default_root_dir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["lightning-ptq", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        command()
+    assert exit_.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert line.startswith("lightning-ptq: error: weights='nowhere.pt' is no file.")
 
 
 @pytest.mark.parametrize(
