@@ -1,7 +1,7 @@
 """Keep freed host memory in the process.
 
 A calibration step on the CPU allocates and frees the same few megabytes some hundred times. glibc gives blocks of that
-size back to the kernel each time, and zeroing the pages anew takes longer than the arithmetic on them
+size back to the kernel each time, and zeroing the pages anew costs as much as some of the arithmetic on them
 (`benchmarks/allocator.py` prints by how much).
 """
 

@@ -163,6 +163,7 @@ def main(args: ArgsType = None) -> None:
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             auto_configure_optimizers=False,
+            parser_kwargs={"prog": "lightning-ptq", "description": "Post-training quantization of vision networks."},
             args=args,
         )
     except ValueError as error:

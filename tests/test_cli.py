@@ -124,6 +124,16 @@ def test_lightnings_noise_is_not_shown(tmp_path: Path, caplog: pytest.LogCapture
     assert not [r for r in caplog.messages if "Tip:" in r or "will override" in r or "max_epochs" in r]
 
 
+def test_the_help_names_this_program_and_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: lightning-ptq ")
+    for command in ("fit", "validate", "test", "predict", "plan"):
+        assert re.search(rf"^    {command} ", printed, re.MULTILINE)
+
+
 # ---- every shipped config ----
 
 
