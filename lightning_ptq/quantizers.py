@@ -164,12 +164,11 @@ class WeightQuantizer(nn.Module):
 
     def integers(self, weight: Tensor, *, nearest: bool = False) -> Tensor:
         """Integer values (as float32) of `weight` with hard rounding; `nearest=True` ignores what was learned."""
-        position = weight.float() / self.scale
+        weight = weight.float()
         if self.alpha is None or nearest or self.nearest:
-            position = position.round()
-        else:
-            position = position.floor() + (self.alpha >= 0)
-        return (position + self.zero_point).clamp(self.qmin, self.qmax)
+            return F.quantize(weight, self.scale, self.zero_point, self.qmin, self.qmax)
+        up = (weight / self.scale).floor() + (self.alpha >= 0)
+        return (up + self.zero_point).clamp(self.qmin, self.qmax)
 
     def forward(self, weight: Tensor) -> Tensor:
         if not self.enabled:
