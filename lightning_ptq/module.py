@@ -24,6 +24,7 @@ from lightning_ptq.config import Granularity, QuantConfig
 from lightning_ptq.errors import PTQError
 from lightning_ptq.fingerprint import check_same, model_digest
 from lightning_ptq.graph import build_chain
+from lightning_ptq.graph.taps import recorded
 from lightning_ptq.loader import UnitLoader
 from lightning_ptq.losses import (
     Contrastive,
@@ -190,9 +191,11 @@ class PTQModule(L.LightningModule):
         progress = batch_idx / self.trainer.num_training_batches
         self._set_rates(progress)
         self._drop.seed(mixed_seed(self.seed, unit, batch_idx, self.global_rank), batch.student_in.device)
+        with recorded(self.student.units[unit]) as inner:
+            student_out = self.student.units[unit](self._unit_input(batch))
         terms: dict[str, Tensor] = self.objective(
             UnitBatch(
-                student_out=self.student.units[unit](self._unit_input(batch)),
+                student_out=student_out,
                 teacher_out=batch.teacher_out,
                 teacher_features=batch.features,
                 tail=self._tail,
@@ -200,6 +203,7 @@ class PTQModule(L.LightningModule):
                 unit=unit,
                 step=batch_idx,
                 progress=self.method.rounding_progress(progress),
+                inner=list(zip(inner, self._teacher_inner(unit, batch), strict=True)) if inner else (),
             )
         )
         interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -366,6 +370,12 @@ class PTQModule(L.LightningModule):
             return batch.teacher_in
         keep = self._drop.keep(batch.student_in) if self.method.input == "mix" else None
         return batch.student_in if keep is None else torch.lerp(batch.teacher_in, batch.student_in, keep)
+
+    def _teacher_inner(self, unit: int, batch: Minibatch) -> list[Tensor]:
+        """What the teacher's unit computes where layers end inside it."""
+        with torch.no_grad(), recorded(self.teacher.units[unit]) as inner:
+            self.teacher.units[unit](batch.teacher_in)
+        return inner
 
     def _tail(self, x: Tensor) -> Tensor:
         """The teacher from the current unit's output on, at the Trainer's precision."""

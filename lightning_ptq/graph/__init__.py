@@ -12,7 +12,7 @@ from lightning_ptq.config import Granularity, QuantConfig, check_option
 from lightning_ptq.graph.fold import fold_batch_norm, normalise
 from lightning_ptq.graph.placement import FloatOp, Placement, float_ops, place_quantizers
 from lightning_ptq.graph.trace import trace
-from lightning_ptq.graph.units import Chain, build_unit, computed, find_cuts, slices, unit_names
+from lightning_ptq.graph.units import Chain, build_unit, computed, find_cuts, find_taps, slices, unit_names
 from lightning_ptq.layers import quantize_layer
 
 __all__ = ["Chain", "ChainPair", "FloatOp", "LayerPlan", "build_chain"]
@@ -80,9 +80,10 @@ def build_chain(
 
     ends = [*(unit[-1] for unit in nodes[:-1]), result_of(gm)]
     starts = [next(iter(gm.graph.nodes)), *ends[:-1]]
-    parts = list(zip(nodes, starts, ends, strict=True))
-    student = [build_unit(gm, unit, start, end, quantized, ()) for unit, start, end in parts]
-    teacher = [build_unit(gm, unit, start, end, {}, placement.quantizers) for unit, start, end in parts]
+    taps = [find_taps(placement, unit) if granularity == "layer" else [] for unit in nodes]
+    parts = list(zip(nodes, starts, ends, taps, strict=True))
+    student = [build_unit(gm, unit, start, end, quantized, (), inner) for unit, start, end, inner in parts]
+    teacher = [build_unit(gm, unit, start, end, {}, placement.quantizers, inner) for unit, start, end, inner in parts]
     return ChainPair(Chain(teacher, names).eval(), Chain(student, names).eval(), layers, float_ops(placement))
 
 

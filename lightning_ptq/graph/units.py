@@ -17,6 +17,7 @@ from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
 from lightning_ptq.config import Granularity
 from lightning_ptq.graph.placement import Placement
+from lightning_ptq.graph.taps import Tap
 from lightning_ptq.graph.trace import node_kinds, op_name, words
 
 _STICKY_OPS = words(
@@ -104,6 +105,22 @@ def find_cuts(placement: Placement, granularity: Granularity) -> list[int]:
     if granularity == "block":
         return cuts
     return [cut for cut, starts in zip(cuts, stage_starts(placement.gm, live, layers, cuts), strict=True) if starts]
+
+
+def find_taps(placement: Placement, unit: Sequence[fx.Node]) -> list[fx.Node]:
+    """Where each layer of a unit ends, except the last, which answers for the unit's output.
+
+    A layer ends behind the activations and quantizers that only read its output.
+    """
+    ends = []
+    for node in [node for node in unit if node in placement.layers][:-1]:
+        while len(node.users) == 1:
+            (reader,) = node.users
+            if reader not in unit or not is_sticky(placement, reader) or len(reader.all_input_nodes) > 1:
+                break
+            node = reader
+        ends.append(node)
+    return ends
 
 
 def cut_between(layers: Sequence[int], points: Collection[int], sticky: Sequence[bool]) -> list[int]:
@@ -239,6 +256,7 @@ def build_unit(
     result: fx.Node,
     replace: Mapping[str, nn.Module],
     skip: Collection[fx.Node],
+    taps: Sequence[fx.Node] = (),
 ) -> fx.GraphModule:
     """One unit: `nodes`, reading `source` and returning `result`, as a module from tensor to tensor.
 
@@ -246,6 +264,7 @@ def build_unit(
         root: holds the modules and parameters that the nodes name; they are shared, not copied.
         replace: modules to call instead, by qualified name.
         skip: nodes to leave out; their readers read their input.
+        taps: nodes whose readers read a `Tap`.
     """
     graph, attributes = fx.Graph(), dict[str, Any]()
     copies = {source: graph.placeholder("x")}
@@ -260,11 +279,15 @@ def build_unit(
     for node in nodes:
         if node in skip:
             copies[node] = copy_of(node.all_input_nodes[0])
-            continue
-        copies[node] = graph.node_copy(node, copy_of)
-        if node.op == "call_module":
-            name = str(node.target)
-            attributes[name] = replace[name] if name in replace else root.get_submodule(name)
+        else:
+            copies[node] = graph.node_copy(node, copy_of)
+            if node.op == "call_module":
+                name = str(node.target)
+                attributes[name] = replace[name] if name in replace else root.get_submodule(name)
+        if node in taps:
+            name = f"tap_{node.name}"
+            attributes[name] = Tap()
+            copies[node] = graph.call_module(name, (copies[node],))
     graph.output(copy_of(result))
     return fx.GraphModule(attributes, graph, class_name="Unit")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ class UnitBatch:
 
     Attributes:
         student_out, teacher_out: the unit's outputs, same shape (B, ...).
+        inner: (student, teacher) values where each layer but the last ends, if calibration is layer-wise inside the
+            unit; student gradients do not cross from one layer to another.
         teacher_features: what the teacher's tail makes of `teacher_out`: the teacher's final output (B, ...).
         tail: the frozen rest of the teacher, from a unit output to the final output.
         student_unit: the unit under calibration.
@@ -33,6 +35,7 @@ class UnitBatch:
     unit: int
     step: int
     progress: float
+    inner: Sequence[tuple[Tensor, Tensor]] = ()
 
 
 class Term(nn.Module):

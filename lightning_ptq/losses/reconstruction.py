@@ -18,7 +18,10 @@ def reconstruction_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class Reconstruction(Term):
-    """`reconstruction_loss` of the unit's output."""
+    """`reconstruction_loss` of the unit's output and, where calibration is layer-wise, of every inner layer's."""
 
     def forward(self, batch: UnitBatch) -> Tensor:
-        return reconstruction_loss(batch.student_out, batch.teacher_out)
+        loss = reconstruction_loss(batch.student_out, batch.teacher_out)
+        for student, teacher in batch.inner:
+            loss = loss + reconstruction_loss(student, teacher)
+        return loss
