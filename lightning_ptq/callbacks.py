@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from torch import Tensor
 
 from lightning_ptq.checks import check_run_folder, run_folder
 
 if TYPE_CHECKING:
     from lightning_ptq.module import PTQModule
 
+# What a validation measures, in percent (metrics.MeanRate).
+RATES = ("teacher_top1", "nearest_top1", "student_top1", "nearest_agreement", "student_agreement")
 # Steps after which a unit is long enough to be worth checkpoints in its middle.
 _LONG_UNIT = 1000
 
@@ -88,6 +91,22 @@ class StepCheckpoint(ModelCheckpoint):
 class RunSummary(Callback):
     """Writes `summary.json` to the run folder and prints the table teacher / nearest / calibrated."""
 
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}  # of the last validation; a resumed fit may have none of its own
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"metrics": self.metrics}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.metrics = state_dict["metrics"]
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep what was measured."""
+        if not trainer.sanity_checking:
+            self.metrics = {
+                key: float(trainer.callback_metrics[key]) for key in RATES if key in trainer.callback_metrics
+            }
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Start the clock."""
         self._start = time.monotonic()
@@ -108,7 +127,7 @@ class RunSummary(Callback):
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
         module.session.wall_seconds["total"] += time.monotonic() - self._start
-        summary = summarize(module, trainer)
+        summary = summarize(module, trainer, self.metrics)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "summary.json", summary)
         bar = trainer.progress_bar_callback
@@ -117,9 +136,8 @@ class RunSummary(Callback):
         print(f"{table(summary)}\nsummary: {folder / 'summary.json'}", flush=True)  # noqa: T201 (the result)
 
 
-def summarize(module: PTQModule, trainer: L.Trainer) -> dict[str, Any]:
-    """The content of `summary.json`."""
-    metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+def summarize(module: PTQModule, trainer: L.Trainer, metrics: dict[str, float]) -> dict[str, Any]:
+    """The content of `summary.json`; `metrics` are the rates of the last validation."""
     samples = trainer.datamodule.calibration_samples  # type: ignore[attr-defined]
     return {
         "model": module.model_name,
@@ -148,6 +166,29 @@ def summarize(module: PTQModule, trainer: L.Trainer) -> dict[str, Any]:
             for unit in (report.to_dict() for report in module.reports)
         ],
     }
+
+
+class PredictionFile(Callback):
+    """Writes what `predict` computes to `predictions.pt` in the run folder: the student's outputs (images, ...).
+
+    For the command line, which drops what the Trainer returns. With several processes, each writes a file of its own.
+    """
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._outputs: list[Tensor] = []
+
+    def on_predict_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any) -> None:
+        self._outputs.append(outputs.cpu())
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write and say where."""
+        if not self._outputs:
+            return
+        rank = f"_{trainer.global_rank}" if trainer.world_size > 1 else ""
+        path = run_folder(trainer) / f"predictions{rank}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(torch.cat(self._outputs), path)
+        print(f"predictions: {path}", flush=True)  # noqa: T201 (the result)
 
 
 def table(summary: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
 from torch import nn
 
+from lightning_ptq.callbacks import PredictionFile
 from lightning_ptq.checks import check_run_folder
 from lightning_ptq.datamodule import CalibrationDataModule
 from lightning_ptq.errors import PTQError
@@ -158,7 +159,7 @@ def main(args: ArgsType = None) -> None:
             subclass_mode_data=True,
             trainer_class=Trainer,
             # As many epochs as there are units; None would make Lightning announce 1000.
-            trainer_defaults={"max_epochs": -1},
+            trainer_defaults={"max_epochs": -1, "callbacks": [PredictionFile()]},
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_ptq.allocator import keep_freed_memory
 from lightning_ptq.cache import Minibatch, mixed_seed
 from lightning_ptq.calibration import UnitReport
-from lightning_ptq.callbacks import model_callbacks
+from lightning_ptq.callbacks import RATES, model_callbacks
 from lightning_ptq.checks import check_device, check_settings, check_trainer
 from lightning_ptq.config import Granularity, QuantConfig
 from lightning_ptq.errors import PTQError
@@ -39,8 +39,6 @@ from lightning_ptq.methods import MethodName, Rounding, ScaleLearning, UnitInput
 from lightning_ptq.metrics import MeanRate, classes
 from lightning_ptq.quantizers import DropMask, act_quantizers, forget_ranges, initial_ranges, weight_quantizers
 from lightning_ptq.session import CachePolicy, Session, World
-
-_RATES = ("teacher_top1", "nearest_top1", "student_top1", "nearest_agreement", "student_agreement")
 
 
 class PTQModule(L.LightningModule):
@@ -123,7 +121,7 @@ class PTQModule(L.LightningModule):
         self.objective = Objective(objective | (terms or {}), len(self.student))
         # Lightning and DDP insist on a gradient; a unit that has nothing to learn gives them this one.
         self.anchor = nn.Parameter(torch.zeros(()))
-        self.rates = nn.ModuleDict({name: MeanRate() for name in _RATES})
+        self.rates = nn.ModuleDict({name: MeanRate() for name in RATES})
 
         self.session = Session(self.teacher, self.student)
         self._model_digest = model_digest(self.teacher)

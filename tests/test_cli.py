@@ -17,7 +17,7 @@ import pytest
 import torch
 import torchvision
 
-from lightning_ptq import PTQError
+from lightning_ptq import DigitsData, PTQError
 from lightning_ptq.cli import main
 from lightning_ptq.models import resnet20
 
@@ -90,9 +90,25 @@ def test_the_saved_config_and_checkpoint_give_the_same_accuracy(
     assert student_top1(capsys.readouterr().out) == pytest.approx(expected, abs=1e-3)
 
 
-def test_predict_accepts_the_saved_config_and_checkpoint(finished: Path, tmp_path: Path) -> None:
+def test_predict_writes_the_student_s_outputs(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run("predict", finished / "config.yaml", f"--ckpt_path={finished / 'checkpoints' / 'last.ckpt'}",
         f"--trainer.default_root_dir={tmp_path}")  # fmt: skip
+    (path,) = tmp_path.rglob("predictions.pt")
+    assert f"predictions: {path}" in capsys.readouterr().out
+    outputs = torch.load(path, weights_only=True)
+    labels = torch.cat([y for _, y in DigitsData().val_dataloader()])
+    top1 = 100 * (outputs.argmax(1) == labels).float().mean().item()
+    assert top1 == pytest.approx(json.loads((finished / "summary.json").read_text())["student_top1"], abs=1e-3)
+
+
+def test_a_finished_fit_that_is_continued_repeats_its_result(finished: Path, tmp_path: Path) -> None:
+    quickstart(tmp_path, f"--ckpt_path={finished / 'checkpoints' / 'last.ckpt'}")
+    (summary,) = tmp_path.rglob("summary.json")
+    expected, found = (json.loads(path.read_text()) for path in (finished / "summary.json", summary))
+    for key in ("teacher_top1", "nearest_top1", "student_top1", "teacher_agreement", "nearest_agreement", "units"):
+        assert found[key] == expected[key]
 
 
 def test_an_interrupted_fit_is_resumed_to_the_same_result(finished: Path, tmp_path: Path) -> None:
