@@ -102,10 +102,13 @@ def _run_unit(unit: nn.Module, x: Tensor, name: str) -> Tensor:
         ) from error
 
 
-def finish_unit(cache: UnitCache, mean: Callable[[Tensor], Tensor], seconds: float) -> tuple[UnitReport, Tensor]:
+def finish_unit(
+    cache: UnitCache, importance: Tensor | None, mean: Callable[[Tensor], Tensor], seconds: float
+) -> tuple[UnitReport, Tensor]:
     """Judge the cache's unit, roll it back where calibration did harm, and say what happened.
 
     Args:
+        importance: weights of the output's channels in the reconstruction loss.
         mean: averages a tensor over processes, so that all of them decide alike.
 
     Returns:
@@ -114,9 +117,9 @@ def finish_unit(cache: UnitCache, mean: Callable[[Tensor], Tensor], seconds: flo
     unit, name = cache.student.units[cache.unit], cache.student.names[cache.unit]
     target = cache.teacher_out[:JUDGE_IMAGES]
     with initial_ranges(unit):
-        before = reconstruction_loss(cache.student_out(JUDGE_IMAGES), target)
+        before = reconstruction_loss(cache.student_out(JUDGE_IMAGES), target, importance)
     out = cache.student_out()
-    after = reconstruction_loss(out[:JUDGE_IMAGES], target)
+    after = reconstruction_loss(out[:JUDGE_IMAGES], target, importance)
     before, after = mean(torch.stack([before, after])).tolist()
     # Not `after > before`: a NaN must be rejected too.
     accepted = after <= before and scales_are_finite(unit)

@@ -12,6 +12,7 @@ from lightning_ptq.errors import PTQError
 UnitInput = Literal["fp", "quant", "mix"]
 Rounding = Literal["nearest", "adaround"]
 ScaleLearning = Literal["none", "joint", "after"]
+Weighting = Literal["equal", "fisher"]
 MethodName = Literal["nearest", "adaround", "brecq", "qdrop"]
 
 # Share of a unit's steps after which "after" starts to learn scales: BRECQ gives 20k steps to rounding, 5k to scales.
@@ -35,6 +36,8 @@ class Method:
         scales: activation scales are fixed ("none"), learned with the rounding ("joint") or after it ("after").
         drop: probability that an element stays in full precision, in a mixed input and in every activation quantizer
             of the unit.
+        weighting: the channels of a unit's output count alike in the reconstruction loss ("equal"), or by how much
+            the network's output depends on them ("fisher", see `importance.py`).
 
     Raises:
         PTQError: an unknown option or a probability outside [0, 1).
@@ -45,12 +48,14 @@ class Method:
     rounding: Rounding = "nearest"
     scales: ScaleLearning = "none"
     drop: float = 0.0
+    weighting: Weighting = "equal"
 
     def __post_init__(self) -> None:
         check_option(self.granularity, get_args(Granularity), "granularity")
         check_option(self.input, get_args(UnitInput), "input")
         check_option(self.rounding, get_args(Rounding), "rounding")
         check_option(self.scales, get_args(ScaleLearning), "scales")
+        check_option(self.weighting, get_args(Weighting), "weighting")
         if not 0.0 <= self.drop < 1.0:
             raise PTQError(f"drop={self.drop} is no probability below 1. Use 0.5 as QDrop does, or 0 to switch it off.")
         if self.input == "mix" and self.drop == 0.0:
@@ -79,8 +84,8 @@ class Method:
 METHODS: dict[str, Method] = {
     "nearest": Method(),
     "adaround": Method(granularity="layer", rounding="adaround"),
-    "brecq": Method(rounding="adaround", scales="after"),
-    "qdrop": Method(input="mix", rounding="adaround", scales="joint", drop=0.5),
+    "brecq": Method(rounding="adaround", scales="after", weighting="fisher"),
+    "qdrop": Method(input="mix", rounding="adaround", scales="joint", drop=0.5, weighting="fisher"),
 }
 
 
@@ -92,6 +97,7 @@ def get_method(
     rounding: Rounding | None = None,
     scales: ScaleLearning | None = None,
     drop: float | None = None,
+    weighting: Weighting | None = None,
 ) -> Method:
     """The preset called `name`, with the coordinates that are given replaced.
 
@@ -99,7 +105,8 @@ def get_method(
         PTQError: unknown preset or coordinate.
     """
     check_option(name, tuple(METHODS), "method")
-    given = {"granularity": granularity, "input": input, "rounding": rounding, "scales": scales, "drop": drop}
+    given: dict[str, object] = {"granularity": granularity, "input": input, "rounding": rounding, "scales": scales}
+    given |= {"drop": drop, "weighting": weighting}
     return replace(METHODS[name], **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 

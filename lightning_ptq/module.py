@@ -35,7 +35,7 @@ from lightning_ptq.losses import (
     Term,
     UnitBatch,
 )
-from lightning_ptq.methods import MethodName, Rounding, ScaleLearning, UnitInput, default_rates, get_method
+from lightning_ptq.methods import MethodName, Rounding, ScaleLearning, UnitInput, Weighting, default_rates, get_method
 from lightning_ptq.metrics import MeanRate, classes
 from lightning_ptq.quantizers import DropMask, act_quantizers, forget_ranges, initial_ranges, weight_quantizers
 from lightning_ptq.session import CachePolicy, Session, World
@@ -55,7 +55,7 @@ class PTQModule(L.LightningModule):
         rounding_lr: learning rate of the weights' rounding; None follows `steps_per_unit`.
         scale_lr: learning rate of the logarithm of activation scales; None follows `steps_per_unit`.
         rounding_weight: weight of AdaRound's regulariser.
-        granularity, input, rounding, scales, drop: coordinates of the method that differ from the preset.
+        granularity, input, rounding, scales, drop, weighting: coordinates of the method that differ from the preset.
         leaf_modules: name patterns of modules that are not traced and stay in floating point.
         terms: further loss terms by name.
         cache: where activations are kept: on the "device", on the "host", or "auto": on the device if they fit.
@@ -83,6 +83,7 @@ class PTQModule(L.LightningModule):
         rounding: Rounding | None = None,
         scales: ScaleLearning | None = None,
         drop: float | None = None,
+        weighting: Weighting | None = None,
         leaf_modules: Sequence[str] = (),
         terms: dict[str, Term] | None = None,
         cache: CachePolicy = "auto",
@@ -99,7 +100,13 @@ class PTQModule(L.LightningModule):
         self.method_name, self.quant, self.contrastive, self.critic = method, quant, contrastive, critic
         self.model_name, self.rounding_weight = type(model).__name__, rounding_weight
         self.method = get_method(
-            method, granularity=granularity, input=input, rounding=rounding, scales=scales, drop=drop
+            method,
+            granularity=granularity,
+            input=input,
+            rounding=rounding,
+            scales=scales,
+            drop=drop,
+            weighting=weighting,
         )
         # What learns nothing needs no steps; one keeps Lightning's loop, and so validation and checkpoints, alive.
         self.steps_per_unit = steps_per_unit if self.method.learns else 1
@@ -201,6 +208,7 @@ class PTQModule(L.LightningModule):
                 unit=unit,
                 step=batch_idx,
                 progress=self.method.rounding_progress(progress),
+                importance=self.session.importance[unit] if self.session.importance else None,
                 inner=list(zip(inner, self._teacher_inner(unit, batch), strict=True)) if inner else (),
             )
         )
@@ -310,6 +318,7 @@ class PTQModule(L.LightningModule):
             config=self.quant,
             batch_size=self.batch_size,
             policy=self.cache_policy,
+            weighting=self.method.weighting,
         )
         self._select(unit)
         optimizer = self.trainer.optimizers[0]
@@ -414,6 +423,7 @@ class PTQModule(L.LightningModule):
             "input": self.method.input,
             "scales": self.method.scales,
             "drop": self.method.drop,
+            "weighting": self.method.weighting,
             "contrastive": self.contrastive,
             "steps_per_unit": self.steps_per_unit,
             "batch_size": self.batch_size,

@@ -16,6 +16,8 @@ from lightning_ptq.config import QuantConfig
 from lightning_ptq.errors import PTQError
 from lightning_ptq.fingerprint import data_digest
 from lightning_ptq.graph import Chain
+from lightning_ptq.importance import channel_importance
+from lightning_ptq.methods import Weighting
 from lightning_ptq.quantizers import weight_quantizers
 
 CachePolicy = Literal["auto", "device", "host"]
@@ -47,6 +49,7 @@ class Session:
         self.image_digest: int | None = None
         self.image_count: int | None = None  # over all processes
         self.cache: UnitCache | None = None
+        self.importance: list[Tensor] | None = None  # of every unit's channels; None: they count alike
         self._world: World | None = None
         # Output of the unit that was finished last: judging computes it, and advancing needs it.
         self._student_out: Tensor | None = None
@@ -94,7 +97,9 @@ class Session:
         assert self._world is not None
         assert self._unit_clock is not None
         gather, seconds = self._world.gather, time.monotonic() - self._unit_clock
-        report, self._student_out = finish_unit(self.cache, lambda t: gather(t).mean(0), seconds)
+        report, self._student_out = finish_unit(
+            self.cache, self.importance[unit] if self.importance else None, lambda t: gather(t).mean(0), seconds
+        )
         self.reports.append(report)
         self.wall_seconds["calibration"] += seconds
         self._unit_clock = time.monotonic()
@@ -105,9 +110,16 @@ class Session:
         self.cache = self._student_out = self._unit_clock = None
 
     def _open(
-        self, images: Tensor, world: World, *, config: QuantConfig, batch_size: int, policy: CachePolicy
+        self,
+        images: Tensor,
+        world: World,
+        *,
+        config: QuantConfig,
+        batch_size: int,
+        policy: CachePolicy,
+        weighting: Weighting,
     ) -> UnitCache:
-        """Check the images, estimate ranges if there are none yet, and cache the first unit."""
+        """Check the images, estimate ranges if there are none yet, weigh channels, and cache the first unit."""
         counts = world.gather(torch.tensor([len(images)])).flatten()
         check_batch(int(counts.min()), batch_size, world.size)
         digest = int(world.gather(torch.tensor([data_digest(images)])).sum()) % 2**62
@@ -116,11 +128,13 @@ class Session:
                 "the checkpoint was calibrated on other images. Give the same data, calibration_samples and seed."
             )
         self.image_digest, self.image_count = digest, int(counts.sum())
+        share = -(-RANGE_IMAGES // world.size)
         if not all(q.enabled for q in weight_quantizers(self.student)):
             start = time.monotonic()
-            share = -(-RANGE_IMAGES // world.size)
             estimate_ranges(self.student, images[:share], config, world.device, world.gather)
             self.wall_seconds["ranges"] += time.monotonic() - start
+        if weighting == "fisher":
+            self.importance = channel_importance(self.teacher, images[:share], world.device, world.gather)
         on_device = policy == "device" or (policy == "auto" and fits_on_device(self.teacher, images, world.device))
         return UnitCache(self.teacher, self.student, images, world.device, on_device)
 

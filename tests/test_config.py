@@ -50,9 +50,11 @@ def test_presets_are_points_and_coordinates_replace_theirs() -> None:
     assert METHODS["adaround"].granularity == "layer"
     assert METHODS["adaround"].scales == "none"
     assert METHODS["brecq"].scales == "after"
-    assert METHODS["qdrop"] == Method("block", "mix", "adaround", "joint", 0.5)
+    assert METHODS["qdrop"] == Method("block", "mix", "adaround", "joint", 0.5, "fisher")
     assert not METHODS["nearest"].learns
-    assert get_method("qdrop", granularity="net", drop=0.25) == Method("net", "mix", "adaround", "joint", 0.25)
+    assert get_method("qdrop", granularity="net", drop=0.25) == Method(
+        "net", "mix", "adaround", "joint", 0.25, "fisher"
+    )
 
 
 def test_unknown_presets_and_coordinates_are_refused() -> None:

@@ -18,6 +18,7 @@ class UnitBatch:
 
     Attributes:
         student_out, teacher_out: the unit's outputs, same shape (B, ...).
+        importance: weight of every channel of the output (C,), or None where all count alike.
         inner: (student, teacher) values where each layer but the last ends, if calibration is layer-wise inside the
             unit; student gradients do not cross from one layer to another.
         teacher_features: what the teacher's tail makes of `teacher_out`: the teacher's final output (B, ...).
@@ -35,6 +36,7 @@ class UnitBatch:
     unit: int
     step: int
     progress: float
+    importance: Tensor | None = None
     inner: Sequence[tuple[Tensor, Tensor]] = ()
 
 

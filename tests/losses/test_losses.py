@@ -141,3 +141,15 @@ def test_a_term_without_gradient_weighs_nothing() -> None:
     student = torch.randn(4, 3, requires_grad=True)
     terms = Objective({"reconstruction": Reconstruction(), "constant": Constant()}, 1)(unit_batch(student, student + 1))
     assert float(terms["constant"].detach()) == 0.0
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 5), (2, 6, 3, 3)])
+def test_importance_weighs_each_channel_s_squared_error(shape: tuple[int, ...]) -> None:
+    student, teacher, importance = torch.randn(shape), torch.randn(shape), torch.rand(6)
+    expected = sum(
+        float(importance[c]) * float((student[:, c] - teacher[:, c]).square().mean()) for c in range(shape[1])
+    )
+    assert float(reconstruction_loss(student, teacher, importance)) == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(
+        reconstruction_loss(student, teacher, torch.ones(6)), reconstruction_loss(student, teacher)
+    )

@@ -1,0 +1,65 @@
+"""How much each channel of each unit's output matters to the network's output (diagonal Fisher information)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from lightning_ptq.cache import chunks
+from lightning_ptq.graph.units import Chain
+
+# Images of one backward pass, the only one through the whole network: a small batch, since every activation is kept.
+_BATCH = 32
+# Smallest weight of a channel relative to the mean, so that no channel's error becomes free.
+_FLOOR = 0.1
+
+
+def channel_importance(
+    teacher: Chain, images: Tensor, device: torch.device, gather: Callable[[Tensor], Iterable[Tensor]]
+) -> list[Tensor]:
+    """Weights of the channels in a unit's reconstruction loss, as BRECQ weights it (Li et al. 2021, eq. 10).
+
+    The weight of channel c is the squared gradient of the network's output with respect to the unit's output, summed
+    over outputs and averaged over images and positions: the error that a unit of noise there makes at the end, to
+    first order. BRECQ takes the gradient of the loss, element by element; with a confident teacher that is next to
+    zero for most images. The sum over outputs is estimated with random signs, one vector for each image (Hutchinson),
+    so it costs one backward pass.
+
+    Args:
+        images: (N, C, H, W), this process's share.
+        gather: tensor -> that tensor of every process.
+
+    Returns:
+        For each unit a tensor (channels,) with mean 1; for the last unit, the output itself, all ones.
+    """
+    generator = torch.Generator().manual_seed(0)
+    sums: list[Tensor] = []
+    for x in chunks(images, _BATCH):
+        outputs: list[Tensor] = []
+        with torch.enable_grad():
+            z = x.to(device)
+            for unit in teacher.units:
+                z = unit(z)
+                outputs.append(z if z.requires_grad else z.detach().requires_grad_())
+                z = outputs[-1]
+            signs = torch.randint(0, 2, z.shape, generator=generator).mul_(2).sub_(1).to(z)
+            gradients = torch.autograd.grad(z, outputs, signs)
+        squares = [_per_channel(gradient) for gradient in gradients]
+        sums = squares if not sums else [a + b for a, b in zip(sums, squares, strict=True)]
+    total = torch.stack(list(gather(torch.cat(sums)))).sum(0)
+    return [_normalised(part) for part in total.split([len(part) for part in sums])]
+
+
+def _per_channel(gradient: Tensor) -> Tensor:
+    """(B, C, ...) -> (C,): sum of squares."""
+    return gradient.detach().float().square().transpose(0, 1).flatten(1).sum(1)
+
+
+def _normalised(weights: Tensor) -> Tensor:
+    mean = weights.mean()
+    if not bool(torch.isfinite(mean)) or float(mean) == 0.0:
+        return torch.ones_like(weights)
+    weights = (weights / mean).clamp(min=_FLOOR)
+    return weights / weights.mean()
