@@ -89,9 +89,10 @@ def test_reported_errors_are_those_of_the_finished_units(fitted) -> None:
     module, _, _ = fitted
     x = y = tiny_images(40)
     with torch.no_grad():
-        for report, student, teacher in zip(module.reports, module.student.units, module.teacher.units, strict=True):
+        units = zip(module.reports, module.student.units, module.teacher.units, module.session.importance, strict=True)
+        for report, student, teacher, weight in units:
             x, y = student(x), teacher(y)
-            error = float((x - y).square().sum(1).mean())
+            error = float((x - y).square().transpose(1, -1).matmul(weight).mean())
             assert error == pytest.approx(report.mse_after, rel=1e-3)
 
 
