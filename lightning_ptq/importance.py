@@ -19,7 +19,7 @@ _FLOOR = 0.1
 def channel_importance(
     teacher: Chain, images: Tensor, device: torch.device, gather: Callable[[Tensor], Iterable[Tensor]]
 ) -> list[Tensor]:
-    """Weights of the channels in a unit's reconstruction loss, as BRECQ weights it (Li et al. 2021, eq. 10).
+    """Weights of the channels in a unit's reconstruction loss, after BRECQ's Fisher weighting (Li et al. 2021).
 
     The weight of channel c is the squared gradient of the network's output with respect to the unit's output, summed
     over outputs and averaged over images and positions: the error that a unit of noise there makes at the end, to

@@ -105,8 +105,14 @@ def get_method(
         PTQError: unknown preset or coordinate.
     """
     check_option(name, tuple(METHODS), "method")
-    given: dict[str, object] = {"granularity": granularity, "input": input, "rounding": rounding, "scales": scales}
-    given |= {"drop": drop, "weighting": weighting}
+    given: dict[str, object] = {
+        "granularity": granularity,
+        "input": input,
+        "rounding": rounding,
+        "scales": scales,
+        "drop": drop,
+        "weighting": weighting,
+    }
     return replace(METHODS[name], **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 

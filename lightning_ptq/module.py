@@ -208,7 +208,7 @@ class PTQModule(L.LightningModule):
                 unit=unit,
                 step=batch_idx,
                 progress=self.method.rounding_progress(progress),
-                importance=self.session.importance[unit] if self.session.importance else None,
+                importance=self.session.importance_of(unit),
                 inner=list(zip(inner, self._teacher_inner(unit, batch), strict=True)) if inner else (),
             )
         )

@@ -98,12 +98,16 @@ class Session:
         assert self._unit_clock is not None
         gather, seconds = self._world.gather, time.monotonic() - self._unit_clock
         report, self._student_out = finish_unit(
-            self.cache, self.importance[unit] if self.importance else None, lambda t: gather(t).mean(0), seconds
+            self.cache, self.importance_of(unit), lambda t: gather(t).mean(0), seconds
         )
         self.reports.append(report)
         self.wall_seconds["calibration"] += seconds
         self._unit_clock = time.monotonic()
         return report
+
+    def importance_of(self, unit: int) -> Tensor | None:
+        """Weights of the channels of a unit's output (C,); None where all count alike."""
+        return None if self.importance is None else self.importance[unit]
 
     def close(self) -> None:
         """Drop the caches."""
