@@ -18,8 +18,8 @@ import torch
 import torchvision
 
 from lightning_ptq import DigitsData, PTQError
-from lightning_ptq.cli import main
-from lightning_ptq.models import resnet20
+from lightning_ptq.cli import load_weights, main
+from lightning_ptq.models import digits_net, resnet20
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -322,6 +322,9 @@ def test_weights_below_a_usual_key_are_found(tmp_path: Path, key: str) -> None:
     state = torch.load(ROOT / "lightning_ptq" / "demo" / "digits.pt", weights_only=True)
     torch.save({key: state, "epoch": 3}, tmp_path / "weights.pt")
     quickstart(tmp_path / "run", f"--model.weights={tmp_path / 'weights.pt'}", "--trainer.fast_dev_run=true")
+    model = digits_net()
+    load_weights(model, str(tmp_path / "weights.pt"))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 def test_a_missing_data_folder_is_named(tmp_path: Path, weights: Path) -> None:
