@@ -30,7 +30,8 @@ Gather = Callable[[Tensor], Iterable[Tensor]]
 @dataclass(frozen=True)
 class UnitReport:
     """What calibration did to one unit; `mse` is the reconstruction loss, before calibration and of the unit
-    as it is left: where calibration was not accepted, both are the same."""
+    as it is left: where calibration was not accepted, both are the same. For the whole network (`network.py`), it is
+    that of the final output, before and after the last epoch."""
 
     name: str
     mse_before: float
@@ -126,19 +127,31 @@ def finish_unit(
     if not accepted:
         restore_initial(unit)
         out, after = cache.student_out(), before
+    return report(name, unit, out[:JUDGE_IMAGES], target, (before, after), accepted, seconds), out
+
+
+def report(
+    name: str,
+    unit: nn.Module,
+    out: Tensor,
+    target: Tensor,
+    errors: tuple[float, float],
+    accepted: bool,
+    seconds: float,
+) -> UnitReport:
+    """The report on `unit`, whose output is `out` where the teacher's is `target`; `errors` are before and after."""
     weights = sum(layer.weight.numel() for _, layer in quantized_layers(unit))
     flipped = sum(layer.weight_quantizer.flipped(layer.weight) for _, layer in quantized_layers(unit))
-    report = UnitReport(
+    return UnitReport(
         name=name,
-        mse_before=before,
-        mse_after=after,
-        sqnr_db=sqnr_db(out[:JUDGE_IMAGES], target),
-        mi_lower_bound_nats=mi_lower_bound(out[:JUDGE_IMAGES], target),
+        mse_before=errors[0],
+        mse_after=errors[1],
+        sqnr_db=sqnr_db(out, target),
+        mi_lower_bound_nats=mi_lower_bound(out, target),
         flipped_fraction=flipped / max(weights, 1),
         accepted=accepted,
         seconds=seconds,
     )
-    return report, out
 
 
 def restore_initial(unit: nn.Module) -> None:
@@ -146,4 +159,4 @@ def restore_initial(unit: nn.Module) -> None:
     for act in act_quantizers(unit):
         act.log_scale.data.copy_(act.initial_log_scale)
     for _, layer in quantized_layers(unit):
-        layer.weight_quantizer.reset_rounding(layer.weight)
+        layer.weight_quantizer.reset(layer.weight)

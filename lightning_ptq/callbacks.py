@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressB
 from torch import Tensor
 
 from lightning_ptq.checks import check_run_folder, run_folder
+from lightning_ptq.network import NETWORK
 
 if TYPE_CHECKING:
     from lightning_ptq.module import PTQModule
@@ -29,7 +30,7 @@ _LONG_UNIT = 1000
 
 def unit_title(trainer: L.Trainer) -> str:
     """ "unit k/K name" of the epoch in progress."""
-    names = trainer.lightning_module.student.names  # type: ignore[union-attr]
+    names = trainer.lightning_module.epoch_names
     unit = min(trainer.current_epoch, len(names) - 1)  # type: ignore[arg-type]
     return f"unit {unit + 1}/{len(names)} {names[unit]}"  # type: ignore[index,arg-type]
 
@@ -151,6 +152,7 @@ def summarize(module: PTQModule, trainer: L.Trainer, metrics: dict[str, float]) 
         "seed": module.seed,
         "calibration_samples": samples if module.session.image_count is None else module.session.image_count,
         "steps_per_unit": module.steps_per_unit,
+        "network_steps": module.network_steps,
         **{key: metrics.get(key) for key in ("teacher_top1", "nearest_top1", "student_top1")},
         "teacher_agreement": metrics.get("student_agreement"),
         "nearest_agreement": metrics.get("nearest_agreement"),
@@ -208,8 +210,11 @@ def table(summary: dict[str, Any]) -> str:
     lines = [f"{'':{width}} {'top-1 %':>9} {'agreement with the teacher %':>30}"]
     lines += [f"{name:{width}} {cell(top1)} {cell(agreement):>30}" for name, top1, agreement in rows]
     rolled_back = [unit["name"] for unit in summary["units"] if not unit["accepted"]]
-    if rolled_back:
-        lines.append(f"kept as rounded to nearest, since calibration did not improve them: {', '.join(rolled_back)}")
+    units = [name for name in rolled_back if name != NETWORK]
+    if units:
+        lines.append(f"kept as rounded to nearest, since calibration did not improve them: {', '.join(units)}")
+    if NETWORK in rolled_back:
+        lines.append("kept as the units left it, since the last epoch did not improve it: the whole network")
     return "\n".join(["", *lines])
 
 

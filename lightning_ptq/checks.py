@@ -24,15 +24,15 @@ def check_settings(**values: float | None) -> None:
     for name, value in values.items():
         if value is None:
             continue
-        if isinstance(value, int) and not isinstance(value, bool) and name in ("steps_per_unit", "batch_size"):
+        if name in ("steps_per_unit", "batch_size"):
             if value < 1:
                 raise PTQError(f"{name}={value} is too small. Use 1 or more.")
         elif not 0 <= value < float("inf"):
             raise PTQError(f"{name}={value} must be a finite number that is not negative.")
 
 
-def check_trainer(trainer: L.Trainer) -> None:
-    """Raise `PTQError` for a Trainer that can't calibrate."""
+def check_trainer(trainer: L.Trainer, network_steps: int) -> None:
+    """Raise `PTQError` for a Trainer that can't calibrate; `network_steps` is the length of the last epoch, or 0."""
     for name, strategy in _SHARDING:
         if isinstance(trainer.strategy, strategy):
             raise PTQError(
@@ -45,6 +45,13 @@ def check_trainer(trainer: L.Trainer) -> None:
     if trainer.precision not in _PRECISIONS:
         raise PTQError(
             f"precision={trainer.precision!r} would round the scales themselves. Use one of {', '.join(_PRECISIONS)}."
+        )
+    interval = trainer.val_check_interval
+    if 0 < network_steps < interval and isinstance(interval, int) and trainer.check_val_every_n_epoch is not None:
+        # Lightning would raise too, but only when that epoch begins.
+        raise PTQError(
+            f"val_check_interval={interval} is more than the {network_steps} steps of the whole-network epoch. "
+            "Lower it, or set network_steps."
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):

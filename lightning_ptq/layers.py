@@ -38,33 +38,37 @@ class _Quantized(nn.Module):
         twin.add_module("weight_quantizer", quantizer)
         return twin
 
+    def quantized(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as this layer computes with them."""
+        return self.weight_quantizer(self.weight), self.weight_quantizer.correct(self._parameters["bias"])
+
 
 class QuantConv2d(_Quantized, nn.Conv2d):
     """2-d convolution with quantized weight (O, I/groups, kH, kW). Shape: (N, I, H, W) -> (N, O, H', W')."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)  # type: ignore[no-any-return]
+        return self._conv_forward(x, *self.quantized())  # type: ignore[no-any-return]
 
 
 class QuantConv1d(_Quantized, nn.Conv1d):
     """1-d convolution with quantized weight (O, I/groups, k). Shape: (N, I, L) -> (N, O, L')."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)  # type: ignore[no-any-return]
+        return self._conv_forward(x, *self.quantized())  # type: ignore[no-any-return]
 
 
 class QuantConv3d(_Quantized, nn.Conv3d):
     """3-d convolution with quantized weight (O, I/groups, kD, kH, kW). Shape: (N, I, D, H, W) -> (N, O, D', H', W')."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)  # type: ignore[no-any-return]
+        return self._conv_forward(x, *self.quantized())  # type: ignore[no-any-return]
 
 
 class QuantLinear(_Quantized, nn.Linear):
     """Linear layer with quantized weight (O, I). Shape: (..., I) -> (..., O)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, self.weight_quantizer(self.weight), self.bias)
+        return torch.nn.functional.linear(x, *self.quantized())
 
 
 REGISTRY: dict[type[nn.Module], type[_Quantized]] = {

@@ -22,7 +22,9 @@ class UnitLoader:
         self.module = module
 
     def __len__(self) -> int:
-        return self.module.steps_per_unit
+        """Steps of the current epoch."""
+        module = self.module
+        return module.network_steps if module.trainer.current_epoch == len(module.student) else module.steps_per_unit
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: it tells Lightning that resuming in the middle works."""
@@ -34,9 +36,10 @@ class UnitLoader:
     def __iter__(self) -> Iterator[Minibatch]:
         module, trainer = self.module, self.module.trainer
         unit = trainer.current_epoch
-        module.enter_unit(unit)
+        first = trainer.fit_loop.batch_idx + 1
+        module.enter_unit(unit, first)
         cache = module.session.cache
         assert cache is not None
-        for step in range(trainer.fit_loop.batch_idx + 1, len(self)):
+        for step in range(first, len(self)):
             rows = sample_index(len(cache), module.batch_size, step, module.seed, unit, module.global_rank)
             yield cache.minibatch(rows)

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -18,30 +19,43 @@ from torch import Tensor, nn
 from lightning_ptq.allocator import keep_freed_memory
 from lightning_ptq.cache import Minibatch, mixed_seed
 from lightning_ptq.calibration import UnitReport
-from lightning_ptq.callbacks import RATES, model_callbacks
+from lightning_ptq.callbacks import model_callbacks
 from lightning_ptq.checks import check_device, check_settings, check_trainer
 from lightning_ptq.config import Granularity, QuantConfig
 from lightning_ptq.errors import PTQError
+from lightning_ptq.evaluation import Evaluation
 from lightning_ptq.fingerprint import check_same, model_digest
-from lightning_ptq.graph import build_chain
+from lightning_ptq.graph import Chain, build_chain
 from lightning_ptq.graph.taps import recorded
 from lightning_ptq.loader import UnitLoader
 from lightning_ptq.losses import (
     Contrastive,
     ContrastiveConfig,
+    Features,
     Objective,
+    Prediction,
     Reconstruction,
     RoundingRegularizer,
     Term,
     UnitBatch,
 )
-from lightning_ptq.methods import MethodName, Rounding, ScaleLearning, UnitInput, Weighting, default_rates, get_method
-from lightning_ptq.metrics import MeanRate, classes
-from lightning_ptq.quantizers import DropMask, act_quantizers, forget_ranges, initial_ranges, weight_quantizers
-from lightning_ptq.session import CachePolicy, Session, World
+from lightning_ptq.methods import (
+    MethodName,
+    Rounding,
+    ScaleLearning,
+    UnitInput,
+    Weighting,
+    cosine,
+    default_network_lr,
+    default_rates,
+    get_method,
+)
+from lightning_ptq.network import NETWORK
+from lightning_ptq.quantizers import DropMask, act_quantizers, forget_ranges, weight_quantizers
+from lightning_ptq.session import CachePolicy, Images, Session, World
 
 
-class PTQModule(L.LightningModule):
+class PTQModule(Evaluation):
     """Frozen full-precision teacher and quantized student; training optimises quantization parameters only.
 
     Args:
@@ -51,9 +65,12 @@ class PTQModule(L.LightningModule):
         contrastive: add the contrastive term of CL-Calib to the method's loss.
         critic: how that term is computed.
         steps_per_unit: optimisation steps for each unit.
+        network_steps: optimisation steps of the last epoch, which calibrates the whole network (see `network.py`); 0
+            leaves it out, None takes half of `steps_per_unit`.
         batch_size: calibration images for each step, on each process.
         rounding_lr: learning rate of the weights' rounding; None follows `steps_per_unit`.
         scale_lr: learning rate of the logarithm of activation scales; None follows `steps_per_unit`.
+        network_lr: learning rate of the last epoch; None follows `network_steps`.
         rounding_weight: weight of AdaRound's regulariser.
         granularity, input, rounding, scales, drop, weighting: coordinates of the method that differ from the preset.
         leaf_modules: name patterns of modules that are not traced and stay in floating point.
@@ -74,9 +91,11 @@ class PTQModule(L.LightningModule):
         contrastive: bool = False,
         critic: ContrastiveConfig = ContrastiveConfig(),  # noqa: B008 (frozen)
         steps_per_unit: int = 2000,
+        network_steps: int | None = None,
         batch_size: int = 32,
         rounding_lr: float | None = None,
         scale_lr: float | None = None,
+        network_lr: float | None = None,
         rounding_weight: float = 0.01,
         granularity: Granularity | None = None,
         input: UnitInput | None = None,
@@ -89,17 +108,16 @@ class PTQModule(L.LightningModule):
         cache: CachePolicy = "auto",
         seed: int | None = None,
     ) -> None:
-        super().__init__()
         check_settings(
             steps_per_unit=steps_per_unit,
+            network_steps=network_steps,
             batch_size=batch_size,
             rounding_lr=rounding_lr,
             scale_lr=scale_lr,
+            network_lr=network_lr,
             rounding_weight=rounding_weight,
         )
-        self.method_name, self.quant, self.contrastive, self.critic = method, quant, contrastive, critic
-        self.model_name, self.rounding_weight = type(model).__name__, rounding_weight
-        self.method = get_method(
+        coordinates = get_method(
             method,
             granularity=granularity,
             input=input,
@@ -108,6 +126,13 @@ class PTQModule(L.LightningModule):
             drop=drop,
             weighting=weighting,
         )
+        chains = build_chain(
+            model, quant, coordinates.granularity, rounding=coordinates.rounding, leaf_modules=leaf_modules
+        )
+        super().__init__(chains.teacher, chains.student)
+        self.chains, self.method = chains, coordinates
+        self.method_name, self.quant, self.contrastive, self.critic = method, quant, contrastive, critic
+        self.model_name, self.rounding_weight = type(model).__name__, rounding_weight
         # What learns nothing needs no steps; one keeps Lightning's loop, and so validation and checkpoints, alive.
         self.steps_per_unit = steps_per_unit if self.method.learns else 1
         self.batch_size, self.cache_policy = batch_size, cache
@@ -116,19 +141,24 @@ class PTQModule(L.LightningModule):
         self.rounding_lr = default_rounding_lr if rounding_lr is None else rounding_lr
         self.scale_lr = default_scale_lr if scale_lr is None else scale_lr
 
-        self.chains = build_chain(
-            model, quant, self.method.granularity, rounding=self.method.rounding, leaf_modules=leaf_modules
-        )
-        self.teacher, self.student = self.chains.teacher, self.chains.student
         objective: dict[str, Term] = {"reconstruction": Reconstruction()}
         if self.method.rounding == "adaround":
             objective["rounding"] = RoundingRegularizer(rounding_weight)
         if contrastive and self.method.learns:
             objective["contrastive"] = Contrastive(critic)
         self.objective = Objective(objective | (terms or {}), len(self.student))
+        # Nothing lies before the head of a single unit.
+        self.network_steps = 0
+        if self.method.learns and len(self.student) > 1:
+            self.network_steps = -(-self.steps_per_unit // 2) if network_steps is None else network_steps
+        self.network_lr = default_network_lr(max(self.network_steps, 1)) if network_lr is None else network_lr
+        whole: dict[str, Term] = {"prediction": Prediction(), "features": Features()}
+        if contrastive:
+            whole["contrastive"] = Contrastive(critic)
+        self.network_objective = Objective(whole, 1)
+        self.epoch_names = (*self.student.names, *([NETWORK] if self.network_steps else []))
         # Lightning and DDP insist on a gradient; a unit that has nothing to learn gives them this one.
         self.anchor = nn.Parameter(torch.zeros(()))
-        self.rates = nn.ModuleDict({name: MeanRate() for name in RATES})
 
         self.session = Session(self.teacher, self.student)
         self._model_digest = model_digest(self.teacher)
@@ -147,7 +177,7 @@ class PTQModule(L.LightningModule):
         """Refuse what can't work and fit the Trainer to the chain before anything long starts."""
         if stage != "fit":
             return
-        check_trainer(self.trainer)
+        check_trainer(self.trainer, self.network_steps)
         check_device(self.trainer.strategy.root_device)
         # Both networks are frozen in eval mode on purpose.
         warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode", PossibleUserWarning)
@@ -155,8 +185,11 @@ class PTQModule(L.LightningModule):
             keep_freed_memory()
         # What DDP sees when it wraps for the first time, before the first unit is entered.
         self._select(0)
-        loop, units = self.trainer.fit_loop, len(self.student)
-        loop.max_epochs = units if loop.max_epochs is None or loop.max_epochs < 0 else min(units, loop.max_epochs)
+        loop, epochs = self.trainer.fit_loop, len(self.epoch_names)
+        loop.max_epochs = epochs if loop.max_epochs is None or loop.max_epochs < 0 else min(epochs, loop.max_epochs)
+        if self.network_steps:
+            # Epochs differ in length: Lightning asks a loader for its length only when it is loaded.
+            self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         if self.trainer.datamodule.val_dataloader() == []:  # type: ignore[attr-defined]
             self.trainer.limit_val_batches = 0
         if self.trainer.check_val_every_n_epoch == 1:
@@ -176,42 +209,27 @@ class PTQModule(L.LightningModule):
         """One Adam over all quantization parameters; those of other units have no gradients and are skipped."""
         alphas = [q.alpha for q in weight_quantizers(self.student) if q.alpha is not None]
         scales = [q.log_scale for q in act_quantizers(self.student)]
-        groups = [{"params": alphas, "name": "rounding"}, {"params": scales, "name": "scales"}]
+        corrections = [p for q in weight_quantizers(self.student) for p in (q.log_gain, q.bias_shift)]
+        groups: list[dict[str, Any]] = [
+            {"params": alphas, "name": "rounding"},
+            {"params": scales, "name": "scales"},
+            # A short memory: there are few steps, and a channel's gradient changes its size with them.
+            {"params": corrections, "name": "corrections", "betas": (0.9, 0.99)},
+        ]
         return torch.optim.Adam([group for group in groups if group["params"]], lr=0.0, fused=True)
-
-    def train(self, mode: bool = True) -> PTQModule:
-        """Both networks stay in eval mode: live dropout or batch statistics would be calibrated into the result."""
-        super().train(mode)
-        self.teacher.eval()
-        self.student.eval()
-        return self
 
     def unit_loader(self) -> UnitLoader:
         """The loader of calibration steps, which a datamodule returns as its train loader."""
         return UnitLoader(self)
 
     def training_step(self, batch: Minibatch, batch_idx: int) -> Tensor:
-        """One step of the current unit: the sum of the objective's terms."""
-        unit, name = self.trainer.current_epoch, self.student.names[self.trainer.current_epoch]
+        """One step of the current unit, or of the whole network: the sum of the objective's terms."""
+        unit, name = self.trainer.current_epoch, self.epoch_names[self.trainer.current_epoch]
         progress = batch_idx / self.trainer.num_training_batches
-        self._set_rates(progress)
-        self._drop.seed(mixed_seed(self.seed, unit, batch_idx, self.global_rank), batch.student_in.device)
-        with recorded(self.student.units[unit]) as inner:
-            student_out = self.student.units[unit](self._unit_input(batch))
-        terms: dict[str, Tensor] = self.objective(
-            UnitBatch(
-                student_out=student_out,
-                teacher_out=batch.teacher_out,
-                teacher_features=batch.features,
-                tail=self._tail,
-                student_unit=self.student.units[unit],
-                unit=unit,
-                step=batch_idx,
-                progress=self.method.rounding_progress(progress),
-                importance=self.session.importance_of(unit),
-                inner=list(zip(inner, self._teacher_inner(unit, batch), strict=True)) if inner else (),
-            )
-        )
+        if unit == len(self.student):
+            terms = self._network_terms(batch, batch_idx, progress)
+        else:
+            terms = self._unit_terms(unit, batch, batch_idx, progress)
         interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if interval and (batch_idx + 1) % interval == 0:
             self.log_dict(terms, prog_bar=True, logger=False)
@@ -225,51 +243,14 @@ class PTQModule(L.LightningModule):
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self._finish_if_done()
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Teacher, round-to-nearest and student on one batch of images, with or without labels."""
-        images, labels = _images_and_labels(batch)
-        predictions = {"teacher": classes(self.teacher(images)), "student": classes(self.student(images))}
-        with initial_ranges(self.student):
-            predictions["nearest"] = classes(self.student(images))
-        for name, prediction in predictions.items():
-            if labels is not None and labels.shape == prediction.shape:
-                self._rate(f"{name}_top1", prediction, labels)
-            if name != "teacher":
-                self._rate(f"{name}_agreement", prediction, predictions["teacher"])
-
     def on_validation_end(self) -> None:
         """Account for the time that validation took."""
         self.session.wall_seconds["validation"] += time.monotonic() - self._validation_clock
-
-    def on_test_start(self) -> None:
-        """Refuse to pass the float network off as the quantized one."""
-        self._check_ranges()
-
-    def on_predict_start(self) -> None:
-        """Refuse to pass the float network off as the quantized one."""
-        self._check_ranges()
-
-    def _check_ranges(self) -> None:
-        """A quantizer without ranges passes floats through; in a fit that is a sanity check, elsewhere an error."""
-        if self.trainer.state.fn != "fit" and not all(q.enabled for q in weight_quantizers(self.student)):
-            raise PTQError("the quantizers have no ranges yet: run fit first, or give ckpt_path, a fit's checkpoint.")
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """The same as `validation_step`."""
-        self.validation_step(batch, batch_idx)
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The student's output for one batch of images."""
-        return self(_images_and_labels(batch)[0])  # type: ignore[no-any-return]
 
     @property
     def reports(self) -> list[UnitReport]:
         """What calibration did to each finished unit."""
         return self.session.reports
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The student's output for images (N, C, H, W)."""
-        return self.student(x)  # type: ignore[no-any-return]
 
     def on_train_epoch_end(self) -> None:
         """Judge the unit before it is written to a checkpoint."""
@@ -305,26 +286,69 @@ class PTQModule(L.LightningModule):
         self.session.load_state(saved["session"])
         checkpoint["state_dict"].update({f"teacher.{k}": v for k, v in self.teacher.state_dict().items()})
 
+    # ---- steps ----
+
+    def _unit_terms(self, unit: int, batch: Minibatch, step: int, progress: float) -> dict[str, Tensor]:
+        rounding, scales = self.method.rate_factors(progress)
+        self._set_rates(rounding=rounding * self.rounding_lr, scales=scales * self.scale_lr)
+        self._drop.seed(mixed_seed(self.seed, unit, step, self.global_rank), batch.student_in.device)
+        with recorded(self.student.units[unit]) as inner:
+            student_out = self.student.units[unit](self._unit_input(batch))
+        terms: dict[str, Tensor] = self.objective(
+            UnitBatch(
+                student_out=student_out,
+                teacher_out=batch.teacher_out,
+                teacher_features=batch.features,
+                tail=partial(self._rest, self.teacher, unit + 1),
+                student_unit=self.student.units[unit],
+                unit=unit,
+                step=step,
+                progress=self.method.rounding_progress(progress),
+                importance=self.session.importance_of(unit),
+                inner=list(zip(inner, self._teacher_inner(unit, batch), strict=True)) if inner else (),
+            )
+        )
+        return terms
+
+    def _network_terms(self, batch: Minibatch, step: int, progress: float) -> dict[str, Tensor]:
+        rate = cosine(progress) * self.network_lr
+        self._set_rates(scales=rate, corrections=rate)
+        head = len(self.student) - 1
+        terms: dict[str, Tensor] = self.network_objective(
+            UnitBatch(
+                student_out=self.student(batch.student_in, stop=head),
+                teacher_out=batch.teacher_out,
+                teacher_features=batch.features,
+                tail=partial(self._rest, self.student, head),
+                student_unit=self.student,
+                unit=0,
+                step=step,
+                progress=progress,
+            )
+        )
+        return terms
+
     # ---- units ----
 
-    def enter_unit(self, unit: int) -> None:
-        """Make `unit` the one that is calibrated: caches advanced to it, only its parameters trained."""
+    def enter_unit(self, unit: int, first_step: int = 0) -> None:
+        """Make `unit` the one that is calibrated, from `first_step` on: caches advanced to it, only it is trained.
+
+        Unit len(student) is the whole network.
+        """
         rank, size = self.global_rank, self.trainer.world_size
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.session.enter(
-            unit,
-            lambda: data.calibration_images(rank, size),
-            World(self.device, size, self._all),
-            config=self.quant,
+        images = Images(
+            open=lambda: data.calibration_images(rank, size),
             batch_size=self.batch_size,
             policy=self.cache_policy,
+            config=self.quant,
             weighting=self.method.weighting,
         )
+        self.session.enter(unit, images, World(self.device, size, self._all))
         self._select(unit)
-        optimizer = self.trainer.optimizers[0]
-        current = {id(p) for p in self.student.units[unit].parameters()}
-        for parameter in [p for p in optimizer.state if id(p) not in current]:
-            del optimizer.state[parameter]
+        if first_step == 0:
+            # Moments belong to one unit's steps; the network's epoch starts its own for the same scales.
+            self.trainer.optimizers[0].state.clear()
         strategy = self.trainer.strategy
         if isinstance(strategy, DDPStrategy):
             # DDP registers what requires grad when it wraps; without a new wrap the ranks diverge silently.
@@ -365,6 +389,13 @@ class PTQModule(L.LightningModule):
             q.drop = None
         if unit is None:
             return
+        if unit == len(self.student):
+            for act in act_quantizers(self.student):
+                act.log_scale.requires_grad_(self.method.scales != "none")
+            for weight in weight_quantizers(self.student):
+                weight.log_gain.requires_grad_(True)
+                weight.bias_shift.requires_grad_(True)
+            return
         for act in act_quantizers(self.student.units[unit]):
             act.log_scale.requires_grad_(self.method.scales != "none")
             act.drop = self._drop
@@ -384,23 +415,15 @@ class PTQModule(L.LightningModule):
             self.teacher.units[unit](batch.teacher_in)
         return inner
 
-    def _tail(self, x: Tensor) -> Tensor:
-        """The teacher from the current unit's output on, at the Trainer's precision."""
+    def _rest(self, chain: Chain, start: int, x: Tensor) -> Tensor:
+        """The units of `chain` from `start` on, at the Trainer's precision, though terms are computed in float32."""
         with self.trainer.precision_plugin.forward_context():
-            return self.teacher(x, start=self.trainer.current_epoch + 1)  # type: ignore[no-any-return]
+            return chain(x, start=start)  # type: ignore[no-any-return]
 
-    def _set_rates(self, progress: float) -> None:
-        """Learning rates as a function of progress alone, so that resuming needs no scheduler state."""
-        rounding, scales = self.method.rate_factors(progress)
-        rates = {"rounding": rounding * self.rounding_lr, "scales": scales * self.scale_lr}
+    def _set_rates(self, **rates: float) -> None:
+        """Learning rates of the named groups, 0 for others; anew at each step, so resuming needs no scheduler."""
         for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = rates[group["name"]]
-
-    def _rate(self, name: str, prediction: Tensor, reference: Tensor) -> None:
-        metric = self.rates[name]
-        assert isinstance(metric, MeanRate)
-        metric.update(prediction, reference)
-        self.log(name, metric, on_step=False, on_epoch=True, batch_size=len(prediction))
+            group["lr"] = rates.get(group["name"], 0.0)
 
     def _all(self, x: Tensor) -> Tensor:
         """`x` of every process, stacked: (world, ...)."""
@@ -426,6 +449,8 @@ class PTQModule(L.LightningModule):
             "weighting": self.method.weighting,
             "contrastive": self.contrastive,
             "steps_per_unit": self.steps_per_unit,
+            "network_steps": self.network_steps,
+            "network_lr": self.network_lr,
             "batch_size": self.batch_size,
             "rounding_lr": self.rounding_lr,
             "scale_lr": self.scale_lr,
@@ -433,12 +458,3 @@ class PTQModule(L.LightningModule):
             "critic": asdict(self.critic),
             "seed": self.seed,
         }
-
-
-def _images_and_labels(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """Images and, if there are any, labels of a validation batch."""
-    if isinstance(batch, dict):
-        batch = list(batch.values())
-    if isinstance(batch, (tuple, list)):
-        return batch[0], batch[1] if len(batch) > 1 and isinstance(batch[1], Tensor) else None
-    return batch, None

@@ -105,10 +105,12 @@ class ActQuantizer(nn.Module):
 
 
 class WeightQuantizer(nn.Module):
-    """Weight quantizer, per channel or per tensor, rounding to nearest or by AdaRound.
+    """Weight quantizer, per channel or per tensor, rounding to nearest or by AdaRound, with learned corrections.
 
     While gradients flow to `alpha` the rounding is soft (AdaRound's rectified sigmoid); otherwise it is hard. A fresh
     `alpha` rounds to nearest, so a network that has ranges but no calibration is the round-to-nearest baseline.
+    Integers are decided on the grid of `scale`; `log_gain` then rescales them, and `bias_shift` moves the layer's
+    bias. Both are zero until the whole network is calibrated.
 
     Args:
         shape: the weight's shape, output channels at `axis`.
@@ -136,6 +138,8 @@ class WeightQuantizer(nn.Module):
         self.register_buffer("zero_point", torch.zeros(channels))
         self.register_buffer("ready", torch.tensor(False))
         self.alpha = nn.Parameter(torch.zeros(shape), requires_grad=False) if rounding == "adaround" else None
+        self.log_gain = nn.Parameter(torch.zeros(channels), requires_grad=False)
+        self.bias_shift = nn.Parameter(torch.zeros(shape[axis]), requires_grad=False)
         self.nearest = False  # True only inside `initial_ranges`: the baseline's view of this layer
         self.enabled = False
         self.scale: Tensor
@@ -147,13 +151,20 @@ class WeightQuantizer(nn.Module):
         """Start from this range and, for AdaRound, from the fractional part of every weight."""
         self.scale.copy_(scale.view_as(self.scale))
         self.zero_point.copy_(zero_point.view_as(self.zero_point))
-        self.reset_rounding(weight)
+        self.reset(weight)
         self.ready.fill_(True)
         self.enabled = True
 
     @torch.no_grad()
-    def reset_rounding(self, weight: Tensor) -> None:
-        """Forget what was learned about rounding."""
+    def reset_corrections(self) -> None:
+        """Forget what was learned about gains and the bias."""
+        self.log_gain.zero_()
+        self.bias_shift.zero_()
+
+    @torch.no_grad()
+    def reset(self, weight: Tensor) -> None:
+        """Forget what was learned."""
+        self.reset_corrections()
         if self.alpha is not None:
             position = weight / self.scale
             # Ties go where round() takes them, so that a fresh alpha is exactly round-to-nearest.
@@ -181,7 +192,13 @@ class WeightQuantizer(nn.Module):
                 q = ((weight.float() / self.scale).floor() + self.zero_point + h).clamp(self.qmin, self.qmax)
             else:
                 q = self.integers(weight)
-            return F.dequantize(q, self.scale, self.zero_point)
+            return F.dequantize(q, self.scale if self.nearest else self.scale * self.log_gain.exp(), self.zero_point)
+
+    def correct(self, bias: Tensor | None) -> Tensor | None:
+        """The layer's bias (O,) with what was learned about it; None stays None while nothing is quantized."""
+        if not self.enabled or self.nearest:
+            return bias
+        return self.bias_shift if bias is None else bias + self.bias_shift
 
     @torch.no_grad()
     def flipped(self, weight: Tensor) -> int:

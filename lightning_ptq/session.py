@@ -18,6 +18,7 @@ from lightning_ptq.fingerprint import data_digest
 from lightning_ptq.graph import Chain
 from lightning_ptq.importance import channel_importance
 from lightning_ptq.methods import Weighting
+from lightning_ptq.network import NetworkCache, NetworkStart, finish_network
 from lightning_ptq.quantizers import weight_quantizers
 
 CachePolicy = Literal["auto", "device", "host"]
@@ -38,6 +39,28 @@ class World:
     size: int
     gather: Callable[[Tensor], Tensor]
 
+    def mean(self, x: Tensor) -> Tensor:
+        """Average of `x` over all processes."""
+        return self.gather(x).mean(0)
+
+
+@dataclass(frozen=True)
+class Images:
+    """What a calibration reads, and how.
+
+    Attributes:
+        open: loads this process's calibration images (N, C, H, W).
+        batch_size: images of each step.
+        policy: where activations are kept.
+        config: how ranges are estimated from the images. weighting: how channels are weighted.
+    """
+
+    open: Callable[[], Tensor]
+    batch_size: int
+    policy: CachePolicy
+    config: QuantConfig
+    weighting: Weighting
+
 
 class Session:
     """One calibration of `student` against `teacher`, from its start or from a checkpoint's `state()`."""
@@ -48,8 +71,9 @@ class Session:
         self.wall_seconds = dict.fromkeys(CLOCKS, 0.0)
         self.image_digest: int | None = None
         self.image_count: int | None = None  # over all processes
-        self.cache: UnitCache | None = None
+        self.cache: UnitCache | NetworkCache | None = None
         self.importance: list[Tensor] | None = None  # of every unit's channels; None: they count alike
+        self._network_start: NetworkStart | None = None
         self._world: World | None = None
         # Output of the unit that was finished last: judging computes it, and advancing needs it.
         self._student_out: Tensor | None = None
@@ -64,6 +88,7 @@ class Session:
             "reports": [report.to_dict() for report in self.reports],
             "wall_seconds": dict(self.wall_seconds),
             "unit_seconds": running,
+            "network_start": None if self._network_start is None else self._network_start.to_dict(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -71,24 +96,45 @@ class Session:
         self.image_digest = state["images"]
         self.reports = [UnitReport(**report) for report in state["reports"]]
         self.wall_seconds, self._carried_seconds = dict(state["wall_seconds"]), state["unit_seconds"]
+        start = state["network_start"]
+        self._network_start = None if start is None else NetworkStart(**start)
 
-    def enter(self, unit: int, open_images: Callable[[], Tensor], world: World, **how: Any) -> None:
+    def enter(self, unit: int, data: Images, world: World) -> None:
         """Advance the caches to `unit`: from a fresh start, from the unit before, or from any checkpoint.
 
-        Args:
-            open_images: loads this process's calibration images (N, C, H, W); called once.
-            how: the further arguments of `_open`.
+        Unit len(student) is the whole network.
         """
         self._unit_clock, self._carried_seconds = time.monotonic() - self._carried_seconds, 0.0
+        self._world = world
+        # A checkpoint may have been written before its unit was judged: then the units are entered on the way to the
+        # network too.
+        if unit < len(self.student) or len(self.reports) < unit:
+            self._enter_unit(min(unit, len(self.student) - 1), data, world)
+        if unit == len(self.student):
+            self.finish(unit - 1)
+            self._enter_network(data, world)
+
+    def _enter_unit(self, unit: int, data: Images, world: World) -> None:
         if self.cache is None:
-            opened, self._world = time.monotonic(), world
-            self.cache = self._open(open_images(), world, **how)
+            opened = time.monotonic()
+            self.cache = self._open(data, world)
+            assert self._unit_clock is not None
             self._unit_clock += time.monotonic() - opened
-        while self.cache.unit < unit:
-            # A checkpoint may have been written before its unit was judged.
-            self.finish(self.cache.unit)
+        cache = self.cache
+        assert isinstance(cache, UnitCache)
+        while cache.unit < unit:
+            self.finish(cache.unit)
             out, self._student_out = self._student_out, None
-            self.cache.advance(self.cache.student_out() if out is None else out)
+            cache.advance(cache.student_out() if out is None else out)
+
+    def _enter_network(self, data: Images, world: World) -> None:
+        self.cache = self._student_out = None  # the units' caches go before the images come again
+        images = self._checked_images(data, world)
+        self.cache = NetworkCache(
+            self.teacher, self.student, images, world.device, self._on_device(images, data.policy, world)
+        )
+        if self._network_start is None:
+            self._network_start = NetworkStart.of(self.cache, world.mean)
 
     def finish(self, unit: int) -> UnitReport | None:
         """Judge the unit whose steps are done; its report, or None if it was judged before."""
@@ -96,10 +142,12 @@ class Session:
             return None
         assert self._world is not None
         assert self._unit_clock is not None
-        gather, seconds = self._world.gather, time.monotonic() - self._unit_clock
-        report, self._student_out = finish_unit(
-            self.cache, self.importance_of(unit), lambda t: gather(t).mean(0), seconds
-        )
+        mean, seconds = self._world.mean, time.monotonic() - self._unit_clock
+        if isinstance(self.cache, NetworkCache):
+            assert self._network_start is not None
+            report = finish_network(self.cache, self._network_start, mean, seconds)
+        else:
+            report, self._student_out = finish_unit(self.cache, self.importance_of(unit), mean, seconds)
         self.reports.append(report)
         self.wall_seconds["calibration"] += seconds
         self._unit_clock = time.monotonic()
@@ -107,40 +155,39 @@ class Session:
 
     def importance_of(self, unit: int) -> Tensor | None:
         """Weights of the channels of a unit's output (C,); None where all count alike."""
-        return None if self.importance is None else self.importance[unit]
+        return None if self.importance is None or unit == len(self.student) else self.importance[unit]
 
     def close(self) -> None:
         """Drop the caches."""
         self.cache = self._student_out = self._unit_clock = None
 
-    def _open(
-        self,
-        images: Tensor,
-        world: World,
-        *,
-        config: QuantConfig,
-        batch_size: int,
-        policy: CachePolicy,
-        weighting: Weighting,
-    ) -> UnitCache:
-        """Check the images, estimate ranges if there are none yet, weigh channels, and cache the first unit."""
+    def _checked_images(self, data: Images, world: World) -> Tensor:
+        images = data.open()
         counts = world.gather(torch.tensor([len(images)])).flatten()
-        check_batch(int(counts.min()), batch_size, world.size)
+        check_batch(int(counts.min()), data.batch_size, world.size)
         digest = int(world.gather(torch.tensor([data_digest(images)])).sum()) % 2**62
         if self.image_digest not in (None, digest):
             raise PTQError(
                 "the checkpoint was calibrated on other images. Give the same data, calibration_samples and seed."
             )
         self.image_digest, self.image_count = digest, int(counts.sum())
+        return images
+
+    def _open(self, data: Images, world: World) -> UnitCache:
+        """Check the images, estimate ranges if there are none yet, weigh channels, and cache the first unit."""
+        images = self._checked_images(data, world)
         share = -(-RANGE_IMAGES // world.size)
         if not all(q.enabled for q in weight_quantizers(self.student)):
             start = time.monotonic()
-            estimate_ranges(self.student, images[:share], config, world.device, world.gather)
+            estimate_ranges(self.student, images[:share], data.config, world.device, world.gather)
             self.wall_seconds["ranges"] += time.monotonic() - start
-        if weighting == "fisher":
+        if data.weighting == "fisher":
             self.importance = channel_importance(self.teacher, images[:share], world.device, world.gather)
-        on_device = policy == "device" or (policy == "auto" and fits_on_device(self.teacher, images, world.device))
+        on_device = self._on_device(images, data.policy, world)
         return UnitCache(self.teacher, self.student, images, world.device, on_device)
+
+    def _on_device(self, images: Tensor, policy: CachePolicy, world: World) -> bool:
+        return policy == "device" or (policy == "auto" and fits_on_device(self.teacher, images, world.device))
 
 
 def check_batch(images: int, batch_size: int, world_size: int) -> None:

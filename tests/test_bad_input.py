@@ -105,7 +105,7 @@ def test_a_folder_that_holds_a_run_is_continued_with_its_checkpoint(tmp_path: Pa
     trainer(tmp_path, max_epochs=2).fit(tiny_module(), datamodule=tiny_data())
     module = tiny_module()
     trainer(tmp_path).fit(module, datamodule=tiny_data(), ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
-    assert len(module.reports) == 4
+    assert len(module.reports) == 5
 
 
 # ---- settings ----
@@ -206,7 +206,7 @@ def test_odd_but_possible_input_is_calibrated_with_finite_scales(
     config = QuantConfig(2, 2, weight_symmetric=symmetric, act_symmetric=symmetric)
     module = PTQModule(net(), config, contrastive=True, steps_per_unit=4, batch_size=8)
     trainer(tmp_path).fit(module, datamodule=data_of(images))
-    assert len(module.reports) == 4
+    assert len(module.reports) == 5
     for q in [*act_quantizers(module.student), *weight_quantizers(module.student)]:
         assert q.scale.isfinite().all()
         assert (q.scale > 0).all()

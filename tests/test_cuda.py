@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def test_a_fit_on_the_gpu(tmp_path: Path, precision: str, contrastive: bool, cache: str) -> None:
     module = tiny_module(contrastive=contrastive, cache=cache, steps_per_unit=30)
     trainer(tmp_path, accelerator="cuda", precision=precision).fit(module, datamodule=tiny_data())
-    assert len(module.reports) == 4
+    assert len(module.reports) == 5
     assert sum(report.accepted for report in module.reports) >= 2
     assert all(value.isfinite().all() for value in quantization_state(module).values())
 

@@ -57,7 +57,7 @@ def test_a_flipped_rounding_moves_a_weight_by_one_step() -> None:
     moved = (q.integers(weight) - before).abs()
     assert moved.max() == 1
     assert q.flipped(weight) == int(moved.sum())
-    q.reset_rounding(weight)
+    q.reset(weight)
     assert q.flipped(weight) == 0
 
 

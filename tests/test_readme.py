@@ -28,7 +28,7 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     }
     with pytest.warns(UserWarning, match="only 40 calibration images"):
         exec(example.replace("steps_per_unit=2000", "steps_per_unit=3"), names)
-    assert len(names["module"].reports) == 4
+    assert len(names["module"].reports) == 5
 
 
 def test_the_two_commands_are_those_of_ci() -> None:

@@ -77,7 +77,7 @@ def test_a_checkpoint_holds_no_teacher_and_only_tensors_and_primitives(tmp_path:
     trainer(tmp_path).fit(tiny_module(), datamodule=tiny_data())
     checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert not [key for key in checkpoint["state_dict"] if key.startswith("teacher.")]
-    assert len(checkpoint["lightning_ptq"]["session"]["reports"]) == 4
+    assert len(checkpoint["lightning_ptq"]["session"]["reports"]) == 5
 
 
 @pytest.fixture(scope="module")

@@ -2,16 +2,21 @@
 
 from lightning_ptq.losses.base import Objective, Term, UnitBatch
 from lightning_ptq.losses.contrastive import Contrastive, ContrastiveConfig
+from lightning_ptq.losses.prediction import Features, Prediction, feature_loss, prediction_loss
 from lightning_ptq.losses.reconstruction import Reconstruction, reconstruction_loss
 from lightning_ptq.losses.rounding import RoundingRegularizer
 
 __all__ = [
     "Contrastive",
     "ContrastiveConfig",
+    "Features",
     "Objective",
+    "Prediction",
     "Reconstruction",
     "RoundingRegularizer",
     "Term",
     "UnitBatch",
+    "feature_loss",
+    "prediction_loss",
     "reconstruction_loss",
 ]

@@ -1,0 +1,116 @@
+"""The last epoch: the whole network as one more unit.
+
+Unit by unit, each error is judged where it arises. What remains is judged at the output: activation scales and, for
+every channel of every layer, a gain on the quantized weights and a shift of the bias are trained together. None of it
+costs anything at inference, since gains go into the weights' scales and shifts into the biases.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ptq.cache import Minibatch, check_finite, run_chunked
+from lightning_ptq.calibration import JUDGE_IMAGES, UnitReport, report
+from lightning_ptq.graph.units import Chain
+from lightning_ptq.losses.prediction import prediction_loss
+from lightning_ptq.losses.reconstruction import reconstruction_loss
+from lightning_ptq.quantizers import act_quantizers, weight_quantizers
+
+# What this epoch is called where the others bear their unit's name.
+NETWORK = "whole-network"
+
+Mean = Callable[[Tensor], Tensor]
+
+
+class NetworkCache:
+    """What the whole network reads and should give: images, and the teacher's input and output of the head.
+
+    The head is the last unit.
+
+    Args:
+        teacher, student: the two chains, of two units at least.
+        images: this process's calibration images (N, C, H, W).
+        device: where units run.
+        on_device: keep the caches there too, else in host memory.
+    """
+
+    def __init__(self, teacher: Chain, student: Chain, images: Tensor, device: torch.device, on_device: bool) -> None:
+        self.student, self.device = student, device
+        self.unit = len(student)
+        self.images = images.to(device) if on_device else images
+        head = len(teacher) - 1
+        self.head_in = run_chunked(lambda x: teacher(x, stop=head), self.images, device)
+        self.features = run_chunked(teacher.units[head], self.head_in, device)
+        check_finite(self.features, "the whole network")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def minibatch(self, index: Tensor) -> Minibatch:
+        """Rows `index` (B,) of the caches; the unit's output is the input of the head."""
+        index = index.to(self.images.device)
+        images, head_in, features = (
+            t.index_select(0, index).to(self.device, non_blocking=True)
+            for t in (self.images, self.head_in, self.features)
+        )
+        return Minibatch(images, images, head_in, features)
+
+    def student_out(self) -> Tensor:
+        """The student's final output for all images, as quantized now; finite or not."""
+        return run_chunked(self.student, self.images, self.device)
+
+
+@dataclass(frozen=True)
+class NetworkStart:
+    """Where the last epoch began, for the judgement at its end: what a checkpoint in its middle must hold.
+
+    Attributes:
+        log_scales: of every activation quantizer, in order.
+        prediction: `prediction_loss` of the student. mse: `reconstruction_loss` of its output.
+    """
+
+    log_scales: list[float]
+    prediction: float
+    mse: float
+
+    @classmethod
+    def of(cls, cache: NetworkCache, mean: Mean) -> NetworkStart:
+        """The student as it stands."""
+        log_scales = [float(q.log_scale.detach()) for q in act_quantizers(cache.student)]
+        return cls(log_scales, *_errors(cache, cache.student_out(), mean))
+
+    def restore(self, student: Chain) -> None:
+        """Put `student` back."""
+        for act, log_scale in zip(act_quantizers(student), self.log_scales, strict=True):
+            act.log_scale.data.fill_(log_scale)
+        for weight in weight_quantizers(student):
+            weight.reset_corrections()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only."""
+        return asdict(self)
+
+
+def finish_network(cache: NetworkCache, start: NetworkStart, mean: Mean, seconds: float) -> UnitReport:
+    """Judge the last epoch by the network's predictions, undo it where it did harm, and say what happened."""
+    out = cache.student_out()
+    after, mse = _errors(cache, out, mean)
+    # Not `after > before`: a NaN must be rejected too.
+    accepted = after <= start.prediction and math.isfinite(mse)
+    if not accepted:
+        start.restore(cache.student)
+        out, mse = cache.student_out(), start.mse
+    images = slice(JUDGE_IMAGES)
+    return report(NETWORK, cache.student, out[images], cache.features[images], (start.mse, mse), accepted, seconds)
+
+
+def _errors(cache: NetworkCache, out: Tensor, mean: Mean) -> tuple[float, float]:
+    losses = [prediction_loss(out, cache.features), reconstruction_loss(out, cache.features)]
+    prediction, mse = mean(torch.stack(losses)).tolist()
+    return prediction, mse
