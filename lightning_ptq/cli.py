@@ -107,7 +107,8 @@ class Trainer(L.Trainer):
         assert isinstance(model, PTQModule)
         if datamodule is None or datamodule.image_shape is None:
             raise PTQError("plan needs the images' shape. Give the data section of the config.")
-        print(plan_text(model.chains, model.quant, datamodule.image_shape, datamodule.calibration_samples))
+        shape, samples = datamodule.image_shape, datamodule.calibration_samples
+        print(plan_text(model.chains, model.quant, shape, samples, network=model.network_steps > 0))
 
 
 class SaveRunConfig(SaveConfigCallback):

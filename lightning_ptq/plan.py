@@ -9,6 +9,7 @@ from lightning_ptq.config import QuantConfig
 from lightning_ptq.errors import PTQError
 from lightning_ptq.graph import ChainPair
 from lightning_ptq.graph.units import Chain
+from lightning_ptq.network import NETWORK
 
 
 def unit_shapes(chain: Chain, image_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -32,8 +33,13 @@ def unit_shapes(chain: Chain, image_shape: tuple[int, ...]) -> list[tuple[int, .
     return shapes
 
 
-def plan_text(chains: ChainPair, quant: QuantConfig, image_shape: tuple[int, ...], samples: int) -> str:
-    """One line for each unit with shapes, parameters and cache size, one for each layer, and what stays float."""
+def plan_text(
+    chains: ChainPair, quant: QuantConfig, image_shape: tuple[int, ...], samples: int, network: bool = False
+) -> str:
+    """One line for each unit with shapes, parameters and cache size, one for each layer, and what stays float.
+
+    `network` adds the epoch of the whole network, which has no layers of its own.
+    """
     shapes = unit_shapes(chains.teacher, image_shape)
     lines = [
         f"{len(chains.student)} units for {samples} calibration images of shape {_shape(shapes[0])}, "
@@ -54,6 +60,11 @@ def plan_text(chains: ChainPair, quant: QuantConfig, image_shape: tuple[int, ...
             f"       {layer.name:<36} {layer.kind:<8} W{layer.weight_bits} A{layer.act_bits} {layer.parameters:>12,}"
             for layer in layers
         ]
+    if network:
+        # As NetworkCache: images, and the teacher's input and output of the head.
+        cache = samples * 4 * (_numel(shapes[0]) + _numel(shapes[-2]) + _numel(shapes[-1]))
+        title = f"{len(chains.student) + 1:>3}  {NETWORK}"
+        lines.append(f"{title:<32} {_shape(shapes[-1]):>15} {0:>12,} {cache / 2**20:>10.1f}")
     lines += ["", "stays in floating point:"]
     lines += [f"  {op.name}: {op.reason}" for op in chains.floats] or ["  nothing with parameters"]
     return "\n".join(lines)

@@ -192,7 +192,12 @@ class WeightQuantizer(nn.Module):
                 q = ((weight.float() / self.scale).floor() + self.zero_point + h).clamp(self.qmin, self.qmax)
             else:
                 q = self.integers(weight)
-            return F.dequantize(q, self.scale if self.nearest else self.scale * self.log_gain.exp(), self.zero_point)
+            return F.dequantize(q, self.effective_scale, self.zero_point)
+
+    @property
+    def effective_scale(self) -> Tensor:
+        """Scale that the integers are multiplied by, shape of `scale`."""
+        return self.scale if self.nearest else self.scale * self.log_gain.exp()
 
     def correct(self, bias: Tensor | None) -> Tensor | None:
         """The layer's bias (O,) with what was learned about it; None stays None while nothing is quantized."""

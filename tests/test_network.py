@@ -150,5 +150,6 @@ def test_gains_and_shifts_fold_into_scales_and_biases(with_network: PTQModule) -
         q = layer.weight_quantizer
         weight, bias = layer.quantized()
         scale: Tensor = q.scale * q.log_gain.exp()
+        assert torch.equal(q.effective_scale, scale)
         torch.testing.assert_close(weight, (q.integers(layer.weight) - q.zero_point) * scale)
         torch.testing.assert_close(bias, layer.bias + q.bias_shift)

@@ -13,6 +13,7 @@ from lightning_ptq import PTQError, QuantConfig
 from lightning_ptq.cache import UnitCache
 from lightning_ptq.graph import build_chain
 from lightning_ptq.models import digits_net
+from lightning_ptq.network import NetworkCache
 from lightning_ptq.plan import plan_text, unit_shapes
 from tests.helpers import tiny_images, tiny_net
 
@@ -80,6 +81,16 @@ def test_the_cache_size_is_what_the_caches_take() -> None:
             cache.advance(cache.student_out())
         held = {t.data_ptr(): t.nbytes for t in vars(cache).values() if isinstance(t, Tensor)}
         assert sum(held.values()) / 2**10 == pytest.approx(planned[name][2], abs=0.06)
+
+
+def test_the_whole_network_is_listed_if_it_is_calibrated() -> None:
+    chains, images = build_chain(tiny_net(), QuantConfig(), "block"), tiny_images(32)
+    text = plan_text(chains, QuantConfig(), SHAPE, len(images) * 2**10, network=True)
+    assert list(units_of(text))[-1] == "whole-network"
+    cache = NetworkCache(chains.teacher, chains.student, images, torch.device("cpu"), on_device=False)
+    held = sum(t.nbytes for t in vars(cache).values() if isinstance(t, Tensor))
+    assert units_of(text)["whole-network"] == ("5", 0, pytest.approx(held / 2**10, abs=0.06))
+    assert "whole-network" not in plan(tiny_net())
 
 
 def test_every_layer_is_listed_with_its_bits_following_edges_and_overrides() -> None:

@@ -16,13 +16,15 @@ BALANCE_STEPS = 8
 class UnitBatch:
     """One minibatch of one unit, B images.
 
+    In the epoch of the whole network the unit's output is the input of the head, and the tail is the student's head.
+
     Attributes:
         student_out, teacher_out: the unit's outputs, same shape (B, ...).
         importance: weight of every channel of the output (C,), or None where all count alike.
         inner: (student, teacher) values where each layer but the last ends, if calibration is layer-wise inside the
             unit; student gradients do not cross from one layer to another.
         teacher_features: what the teacher's tail makes of `teacher_out`: the teacher's final output (B, ...).
-        tail: the frozen rest of the teacher, from a unit output to the final output.
+        tail: the frozen rest of the teacher, from a unit's output to the final output.
         student_unit: the unit under calibration.
         unit: its index. step: the optimisation step within it.
         progress: share of the unit's rounding schedule that is done, in [0, 1].
