@@ -249,7 +249,7 @@ def model_callbacks(trainer: L.Trainer, module: PTQModule) -> list[Callback]:
     defaults = [_is_default(callback) for callback in trainer.checkpoint_callbacks]
     if defaults and all(defaults) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         callbacks.append(UnitCheckpoint())
-        if module.steps_per_unit > _LONG_UNIT:
+        if max(module.steps_per_unit, module.network_steps) > _LONG_UNIT:
             callbacks.append(StepCheckpoint())
     return callbacks
 

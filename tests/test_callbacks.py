@@ -26,7 +26,7 @@ def test_the_tqdm_bar_names_unit_and_terms(tmp_path: Path, capsys: pytest.Captur
     fit.fit(tiny_module(contrastive=True), datamodule=tiny_data())
     shown = capsys.readouterr()
     text = shown.out + shown.err
-    for title in ("unit 1/4 stem", "unit 2/4 blocks.0", "unit 4/4 fc"):
+    for title in ("unit 1/5 stem", "unit 2/5 blocks.0", "unit 5/5 whole-network"):
         assert title in text
     for term in ("reconstruction=", "rounding=", "contrastive="):
         assert term in text
@@ -43,7 +43,7 @@ def test_the_rich_bar_names_units(tmp_path: Path) -> None:
             return titles[-1]
 
     trainer(tmp_path, enable_progress_bar=True, callbacks=[Spy()]).fit(tiny_module(), datamodule=tiny_data())
-    assert {"unit 1/4 stem", "unit 4/4 fc"} <= set(titles)
+    assert {"unit 1/5 stem", "unit 5/5 whole-network"} <= set(titles)
 
 
 def test_defaults_are_replaced_and_the_users_callbacks_stay(tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ from typing import get_args
 from torch import fx, nn
 
 from lightning_ptq.config import Granularity, QuantConfig, check_option
+from lightning_ptq.graph.cuts import computed, find_cuts, find_taps, slices
 from lightning_ptq.graph.fold import fold_batch_norm, normalise
 from lightning_ptq.graph.placement import FloatOp, Placement, float_ops, place_quantizers
 from lightning_ptq.graph.trace import trace
-from lightning_ptq.graph.units import Chain, build_unit, computed, find_cuts, find_taps, slices, unit_names
+from lightning_ptq.graph.units import Chain, build_unit, unit_names
 from lightning_ptq.layers import quantize_layer
 
 __all__ = ["Chain", "ChainPair", "FloatOp", "LayerPlan", "build_chain"]
