@@ -35,6 +35,15 @@ def unit_title(trainer: L.Trainer) -> str:
     return f"unit {unit + 1}/{len(names)} {names[unit]}"  # type: ignore[index,arg-type]
 
 
+def current_terms(trainer: L.Trainer, metrics: dict[str, Any]) -> dict[str, Any]:
+    """What of a bar's `metrics` says something: no version number, no term that was left behind by another epoch."""
+    module: PTQModule = trainer.lightning_module  # type: ignore[assignment]
+    whole = trainer.current_epoch >= len(module.student)
+    stale = (module.objective if whole else module.network_objective).terms.keys()
+    current = (module.network_objective if whole else module.objective).terms.keys()
+    return {key: value for key, value in metrics.items() if key != "v_num" and (key in current or key not in stale)}
+
+
 class UnitRichBar(RichProgressBar):
     """Lightning's rich bar with units in the place of epochs."""
 
@@ -42,8 +51,14 @@ class UnitRichBar(RichProgressBar):
         return unit_title(self.trainer)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """The loss terms; the version number says nothing here."""
-        return {key: value for key, value in super().get_metrics(trainer, pl_module).items() if key != "v_num"}
+        """The loss terms of the epoch in progress."""
+        return current_terms(trainer, super().get_metrics(trainer, pl_module))
+
+    def disable(self) -> None:
+        """Draw no more: what is printed from here on comes behind the bar, in a pipe too."""
+        super().disable()
+        if self.progress is not None:
+            self.progress.stop()
 
 
 class UnitTQDMBar(TQDMProgressBar):
@@ -54,8 +69,8 @@ class UnitTQDMBar(TQDMProgressBar):
         self.train_progress_bar.set_description(unit_title(trainer))
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """The loss terms; the version number says nothing here."""
-        return {key: value for key, value in super().get_metrics(trainer, pl_module).items() if key != "v_num"}
+        """The loss terms of the epoch in progress."""
+        return current_terms(trainer, super().get_metrics(trainer, pl_module))
 
 
 class UnitCheckpoint(ModelCheckpoint):
