@@ -22,6 +22,7 @@ class _Quantized(nn.Module):
 
     weight: Tensor
     weight_quantizer: WeightQuantizer
+    channel_dim = 1  # of the output
 
     @classmethod
     def from_float(cls: type[_Layer], layer: nn.Module, quantizer: WeightQuantizer) -> _Layer:
@@ -42,33 +43,49 @@ class _Quantized(nn.Module):
         """Weight and bias as this layer computes with them."""
         return self.weight_quantizer(self.weight), self.weight_quantizer.correct(self._parameters["bias"])
 
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the float layer computes, with this weight and bias."""
+        raise NotImplementedError
 
-class QuantConv2d(_Quantized, nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.weight_quantizer
+        if not (q.enabled and q.log_gain.requires_grad and torch.is_grad_enabled()):
+            return self.compute(x, *self.quantized())
+        # While gains are trained they act on the output: unlike the weight, it needs no gradient of its own, and that
+        # is a third of a convolution's arithmetic.
+        y = self.compute(x, q(self.weight, gain=False), None)
+        shape = [-1 if dim == self.channel_dim % y.dim() else 1 for dim in range(y.dim())]
+        bias = q.correct(self._parameters["bias"])
+        assert bias is not None
+        return torch.addcmul(bias.view(shape).to(y.dtype), y, q.log_gain.exp().view(shape).to(y.dtype))
+
+
+class _QuantConv(_Quantized):
+    """What quantized convolutions share."""
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(x, weight, bias)  # type: ignore[no-any-return,operator]
+
+
+class QuantConv2d(_QuantConv, nn.Conv2d):
     """2-d convolution with quantized weight (O, I/groups, kH, kW). Shape: (N, I, H, W) -> (N, O, H', W')."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, *self.quantized())  # type: ignore[no-any-return]
 
-
-class QuantConv1d(_Quantized, nn.Conv1d):
+class QuantConv1d(_QuantConv, nn.Conv1d):
     """1-d convolution with quantized weight (O, I/groups, k). Shape: (N, I, L) -> (N, O, L')."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, *self.quantized())  # type: ignore[no-any-return]
 
-
-class QuantConv3d(_Quantized, nn.Conv3d):
+class QuantConv3d(_QuantConv, nn.Conv3d):
     """3-d convolution with quantized weight (O, I/groups, kD, kH, kW). Shape: (N, I, D, H, W) -> (N, O, D', H', W')."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, *self.quantized())  # type: ignore[no-any-return]
 
 
 class QuantLinear(_Quantized, nn.Linear):
     """Linear layer with quantized weight (O, I). Shape: (..., I) -> (..., O)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, *self.quantized())
+    channel_dim = -1
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.nn.functional.linear(x, weight, bias)
 
 
 REGISTRY: dict[type[nn.Module], type[_Quantized]] = {

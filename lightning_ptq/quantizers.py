@@ -181,7 +181,8 @@ class WeightQuantizer(nn.Module):
         up = (weight / self.scale).floor() + (self.alpha >= 0)
         return (up + self.zero_point).clamp(self.qmin, self.qmax)
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def forward(self, weight: Tensor, gain: bool = True) -> Tensor:
+        """The weight as quantized now, in float32; `gain=False` leaves the learned gain to the caller."""
         if not self.enabled:
             return weight
         with torch.autocast(weight.device.type, enabled=False):
@@ -192,7 +193,7 @@ class WeightQuantizer(nn.Module):
                 q = ((weight.float() / self.scale).floor() + self.zero_point + h).clamp(self.qmin, self.qmax)
             else:
                 q = self.integers(weight)
-            return F.dequantize(q, self.effective_scale, self.zero_point)
+            return F.dequantize(q, self.effective_scale if gain else self.scale, self.zero_point)
 
     @property
     def effective_scale(self) -> Tensor:

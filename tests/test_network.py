@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_ptq import PTQError, PTQModule, QuantConfig
+from lightning_ptq.layers import quantize_layer, quantized_layers
 from lightning_ptq.losses import feature_loss, prediction_loss
 from lightning_ptq.quantizers import act_quantizers, weight_quantizers
+from lightning_ptq.ranges import weight_qparams
 from tests.helpers import (
     TinyNet,
     assert_equal_states,
@@ -144,8 +147,6 @@ def test_a_validation_interval_beyond_it_is_refused_before_any_work(tmp_path: Pa
 
 def test_gains_and_shifts_fold_into_scales_and_biases(with_network: PTQModule) -> None:
     """The finished student is a plain quantized network: integers, scales, biases."""
-    from lightning_ptq.layers import quantized_layers
-
     for _, layer in quantized_layers(with_network.student):
         q = layer.weight_quantizer
         weight, bias = layer.quantized()
@@ -153,3 +154,31 @@ def test_gains_and_shifts_fold_into_scales_and_biases(with_network: PTQModule) -
         assert torch.equal(q.effective_scale, scale)
         torch.testing.assert_close(weight, (q.integers(layer.weight) - q.zero_point) * scale)
         torch.testing.assert_close(bias, layer.bias + q.bias_shift)
+
+
+@pytest.mark.parametrize("per", ["channel", "tensor"])
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3, groups=2), nn.Conv2d(4, 6, 1, bias=False), nn.Linear(4, 6)])
+def test_gains_on_the_output_are_gains_on_the_weight(layer: nn.Module, per: Any) -> None:
+    """Values and gradients of a step, against the layer that the definition gives."""
+    generator = torch.Generator().manual_seed(0)
+    twin = quantize_layer(layer, 3, QuantConfig(3, 3, weight_per=per))
+    q = twin.weight_quantizer
+    q.set_range(layer.weight, *weight_qparams(layer.weight, "minmax", 3, False, per == "channel"))
+    for parameter in (q.log_gain, q.bias_shift):
+        parameter.data.normal_(0.0, 0.3, generator=generator)
+        parameter.requires_grad_(True)
+    linear = isinstance(layer, nn.Linear)
+    x = torch.randn(5, *((4,) if linear else (4, 7, 7)), generator=generator)
+
+    weight = (q.integers(layer.weight) - q.zero_point) * q.scale * q.log_gain.exp()
+    bias = q.bias_shift if layer.bias is None else layer.bias + q.bias_shift
+    function = nn.functional.linear if linear else partial(nn.functional.conv2d, groups=layer.groups)
+    expected, out = function(x, weight, bias), twin(x)
+    torch.testing.assert_close(out, expected)
+    direction = torch.randn(out.shape, generator=generator)
+    learned = [q.log_gain, q.bias_shift]
+    torch.testing.assert_close(
+        torch.autograd.grad(out, learned, direction), torch.autograd.grad(expected, learned, direction)
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(twin(x), expected)
