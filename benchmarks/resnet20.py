@@ -129,6 +129,8 @@ def print_table(rows: list[dict[str, str]], grid: list[dict[str, Any]], with_tim
     for point in grid:
         settings = DEFAULTS | point
         found = [row for row in rows if all(row[key] == str(settings[key]) for key in DEFAULTS if key != "seed")]
+        if with_time:
+            found = [row for row in found if row["f"]]  # older rows have no F of a plain process
         if not found:
             continue
 

@@ -17,13 +17,12 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressB
 from torch import Tensor
 
 from lightning_ptq.checks import check_run_folder, run_folder
+from lightning_ptq.metrics import RATES
 from lightning_ptq.network import NETWORK
 
 if TYPE_CHECKING:
     from lightning_ptq.module import PTQModule
 
-# What a validation measures, in percent (metrics.MeanRate).
-RATES = ("teacher_top1", "nearest_top1", "student_top1", "nearest_agreement", "student_agreement")
 # Steps after which a unit is long enough to be worth checkpoints in its middle.
 _LONG_UNIT = 1000
 
@@ -76,7 +75,7 @@ class UnitTQDMBar(TQDMProgressBar):
 class UnitCheckpoint(ModelCheckpoint):
     """`last.ckpt` after every unit, after it was judged, and where a fit is stopped in the middle of one.
 
-    Only the newest is kept: a later unit never changes an earlier one.
+    Only the newest is kept: it holds all that the earlier ones hold.
     """
 
     def __init__(self) -> None:
@@ -108,17 +107,20 @@ class RunSummary(Callback):
     """Writes `summary.json` to the run folder and prints the table teacher / nearest / calibrated."""
 
     def __init__(self) -> None:
-        self.metrics: dict[str, float] = {}  # of the last validation; a resumed fit may have none of its own
+        # Of the last validation, and the epoch that it followed; a resumed fit may have none of its own.
+        self.metrics: dict[str, float] = {}
+        self.epoch = -1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"metrics": self.metrics}
+        return {"metrics": self.metrics, "epoch": self.epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.metrics = state_dict["metrics"]
+        self.metrics, self.epoch = state_dict["metrics"], state_dict["epoch"]
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep what was measured."""
         if not trainer.sanity_checking:
+            self.epoch = trainer.current_epoch
             self.metrics = {
                 key: float(trainer.callback_metrics[key]) for key in RATES if key in trainer.callback_metrics
             }
@@ -143,7 +145,8 @@ class RunSummary(Callback):
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
         module.session.wall_seconds["total"] += time.monotonic() - self._start
-        summary = summarize(module, trainer, self.metrics)
+        # What was measured before the last epoch says nothing about the network as it is now.
+        summary = summarize(module, trainer, self.metrics if self.epoch == trainer.current_epoch - 1 else {})
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "summary.json", summary)
         bar = trainer.progress_bar_callback

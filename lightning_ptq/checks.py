@@ -16,6 +16,8 @@ _SHARDING: tuple[tuple[str, type[Strategy]], ...] = (
     ("deepspeed", DeepSpeedStrategy),
     ("model_parallel", ModelParallelStrategy),
 )
+# Counts, and the least of each.
+_LEAST = {"steps_per_unit": 1, "network_steps": 0, "batch_size": 1}
 _PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 
@@ -24,15 +26,17 @@ def check_settings(**values: float | None) -> None:
     for name, value in values.items():
         if value is None:
             continue
-        if name in ("steps_per_unit", "batch_size"):
-            if value < 1:
-                raise PTQError(f"{name}={value} is too small. Use 1 or more.")
+        if name in _LEAST:
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise PTQError(f"{name}={value} must be a whole number, {_LEAST[name]} or more.")
+            if value < _LEAST[name]:
+                raise PTQError(f"{name}={value} is too small. Use {_LEAST[name]} or more.")
         elif not 0 <= value < float("inf"):
             raise PTQError(f"{name}={value} must be a finite number that is not negative.")
 
 
-def check_trainer(trainer: L.Trainer, network_steps: int) -> None:
-    """Raise `PTQError` for a Trainer that can't calibrate; `network_steps` is the length of the last epoch, or 0."""
+def check_trainer(trainer: L.Trainer) -> None:
+    """Raise `PTQError` for a Trainer that can't calibrate."""
     for name, strategy in _SHARDING:
         if isinstance(trainer.strategy, strategy):
             raise PTQError(
@@ -46,13 +50,6 @@ def check_trainer(trainer: L.Trainer, network_steps: int) -> None:
         raise PTQError(
             f"precision={trainer.precision!r} would round the scales themselves. Use one of {', '.join(_PRECISIONS)}."
         )
-    interval = trainer.val_check_interval
-    if 0 < network_steps < interval and isinstance(interval, int) and trainer.check_val_every_n_epoch is not None:
-        # Lightning would raise too, but only when that epoch begins.
-        raise PTQError(
-            f"val_check_interval={interval} is more than the {network_steps} steps of the whole-network epoch. "
-            "Lower it, or set network_steps."
-        )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
             raise PTQError(
@@ -62,6 +59,24 @@ def check_trainer(trainer: L.Trainer, network_steps: int) -> None:
         raise PTQError(
             "fit got an image loader or a plain datamodule; calibration draws its own batches from caches. Pass "
             "datamodule=CalibrationDataModule.from_loaders(calib_loader, val_loader), or .wrap(datamodule)."
+        )
+
+
+def check_network_steps(trainer: L.Trainer, network_steps: int) -> None:
+    """Raise `PTQError` for what Lightning would find wrong with the last epoch's length, but only when it begins."""
+    limit = trainer.limit_train_batches
+    steps = int(network_steps * limit) if isinstance(limit, float) else min(network_steps, limit)
+    if steps == 0 and limit != 0:
+        raise PTQError(
+            f"limit_train_batches={limit} leaves nothing of the {network_steps} steps of the whole-network epoch. "
+            "Raise it, or set network_steps."
+        )
+    interval = trainer.val_check_interval
+    validates = trainer.limit_val_batches > 0 and trainer.check_val_every_n_epoch is not None
+    if validates and isinstance(interval, int) and interval > steps:
+        raise PTQError(
+            f"val_check_interval={interval} is more than the {steps} steps of the whole-network epoch. "
+            "Lower it, or set network_steps."
         )
 
 

@@ -8,10 +8,9 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_ptq.callbacks import RATES
 from lightning_ptq.errors import PTQError
 from lightning_ptq.graph import Chain
-from lightning_ptq.metrics import MeanRate, classes
+from lightning_ptq.metrics import RATES, MeanRate, classes
 from lightning_ptq.quantizers import initial_ranges, weight_quantizers
 
 

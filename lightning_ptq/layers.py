@@ -57,7 +57,8 @@ class _Quantized(nn.Module):
         shape = [-1 if dim == self.channel_dim % y.dim() else 1 for dim in range(y.dim())]
         bias = q.correct(self._parameters["bias"])
         assert bias is not None
-        return torch.addcmul(bias.view(shape).to(y.dtype), y, q.log_gain.exp().view(shape).to(y.dtype))
+        with torch.autocast(y.device.type, enabled=False):  # half precision would round small gains away
+            return torch.addcmul(bias.view(shape), y.float(), q.log_gain.exp().view(shape)).to(y.dtype)
 
 
 class _QuantConv(_Quantized):

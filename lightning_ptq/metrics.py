@@ -10,6 +10,9 @@ from torchmetrics import Metric
 
 from lightning_ptq.losses.contrastive import similarities
 
+# What a validation measures, in percent, each a `MeanRate`.
+RATES = ("teacher_top1", "nearest_top1", "student_top1", "nearest_agreement", "student_agreement")
+
 
 def sqnr_db(student: Tensor, teacher: Tensor) -> float:
     """Signal to quantization-noise ratio in decibels, 10 log10(sum t^2 / sum (s - t)^2); inf where they are equal."""

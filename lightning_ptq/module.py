@@ -1,4 +1,4 @@
-"""`PTQModule`: calibration as one `Trainer.fit`, one epoch for each reconstruction unit. Orchestration only."""
+"""`PTQModule`: calibration as one `Trainer.fit`, an epoch for each unit and one for the network. Orchestration only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_ptq.allocator import keep_freed_memory
 from lightning_ptq.cache import Minibatch, mixed_seed
 from lightning_ptq.calibration import UnitReport
 from lightning_ptq.callbacks import model_callbacks
-from lightning_ptq.checks import check_device, check_settings, check_trainer
+from lightning_ptq.checks import check_device, check_network_steps, check_settings, check_trainer
 from lightning_ptq.config import Granularity, QuantConfig
 from lightning_ptq.errors import PTQError
 from lightning_ptq.evaluation import Evaluation
@@ -74,7 +74,7 @@ class PTQModule(Evaluation):
         rounding_weight: weight of AdaRound's regulariser.
         granularity, input, rounding, scales, drop, weighting: coordinates of the method that differ from the preset.
         leaf_modules: name patterns of modules that are not traced and stay in floating point.
-        terms: further loss terms by name.
+        terms: further loss terms of units by name; they do not join the last epoch.
         cache: where activations are kept: on the "device", on the "host", or "auto": on the device if they fit.
         seed: seed of every random draw; None takes that of `lightning.seed_everything`, or else 0.
 
@@ -151,6 +151,11 @@ class PTQModule(Evaluation):
         self.network_steps = 0
         if self.method.learns and len(self.student) > 1:
             self.network_steps = -(-self.steps_per_unit // 2) if network_steps is None else network_steps
+        elif network_steps and self.method.learns:
+            raise PTQError(
+                f"network_steps={network_steps} needs two units or more, but granularity="
+                f"{self.method.granularity!r} cuts this network into one. Leave it out, or cut finer."
+            )
         self.network_lr = default_network_lr(max(self.network_steps, 1)) if network_lr is None else network_lr
         whole: dict[str, Term] = {"prediction": Prediction(), "features": Features()}
         if contrastive:
@@ -177,7 +182,7 @@ class PTQModule(Evaluation):
         """Refuse what can't work and fit the Trainer to the chain before anything long starts."""
         if stage != "fit":
             return
-        check_trainer(self.trainer, self.network_steps)
+        check_trainer(self.trainer)
         check_device(self.trainer.strategy.root_device)
         # Both networks are frozen in eval mode on purpose.
         warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode", PossibleUserWarning)
@@ -188,10 +193,13 @@ class PTQModule(Evaluation):
         loop, epochs = self.trainer.fit_loop, len(self.epoch_names)
         loop.max_epochs = epochs if loop.max_epochs is None or loop.max_epochs < 0 else min(epochs, loop.max_epochs)
         if self.network_steps:
-            # Epochs differ in length: Lightning asks a loader for its length only when it is loaded.
+            # Epochs differ in length, and Lightning asks a loader for its length only when it loads it. The unit loader
+            # has no state that would be lost. A larger number would be counted from where a fit is resumed.
             self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         if self.trainer.datamodule.val_dataloader() == []:  # type: ignore[attr-defined]
             self.trainer.limit_val_batches = 0
+        if self.network_steps and loop.max_epochs == epochs:
+            check_network_steps(self.trainer, self.network_steps)
         if self.trainer.check_val_every_n_epoch == 1:
             # Lightning's default would validate after every unit; what counts is the finished network.
             self.trainer.check_val_every_n_epoch = max(loop.max_epochs, 1)
@@ -204,6 +212,21 @@ class PTQModule(Evaluation):
         if not self.trainer.ckpt_path:
             self.session = Session(self.teacher, self.student)
             forget_ranges(self.student)
+
+    def on_train_start(self) -> None:
+        """Go on with the next unit where a checkpoint was written behind the last step of one.
+
+        Lightning takes such an epoch for finished only if the next one is as long and if `max_steps` is not set.
+        """
+        loop = self.trainer.fit_loop
+        current: Any = loop.epoch_progress.current
+        if loop.restarted_on_epoch_end or current.completed == current.ready:
+            current.completed = current.processed
+            loop._restarting = False
+            loop.reset_restart_stage()
+            loop.epoch_loop.restarting = False
+        elif loop.restarted_mid_epoch and loop.epoch_loop.batch_progress.is_last_batch:
+            loop.epoch_loop.restarting = False
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One Adam over all quantization parameters; those of other units have no gradients and are skipped."""
@@ -343,6 +366,7 @@ class PTQModule(Evaluation):
             policy=self.cache_policy,
             config=self.quant,
             weighting=self.method.weighting,
+            again=self.network_steps > 0,
         )
         self.session.enter(unit, images, World(self.device, size, self._all))
         self._select(unit)

@@ -53,6 +53,7 @@ class Images:
         batch_size: images of each step.
         policy: where activations are kept.
         config: how ranges are estimated from the images. weighting: how channels are weighted.
+        again: whether the whole network's epoch will need the images again. A loader may not give them twice.
     """
 
     open: Callable[[], Tensor]
@@ -60,6 +61,7 @@ class Images:
     policy: CachePolicy
     config: QuantConfig
     weighting: Weighting
+    again: bool
 
 
 class Session:
@@ -74,6 +76,8 @@ class Session:
         self.cache: UnitCache | NetworkCache | None = None
         self.importance: list[Tensor] | None = None  # of every unit's channels; None: they count alike
         self._network_start: NetworkStart | None = None
+        self._images: Tensor | None = None
+        self._on_device: bool | None = None
         self._world: World | None = None
         # Output of the unit that was finished last: judging computes it, and advancing needs it.
         self._student_out: Tensor | None = None
@@ -128,11 +132,9 @@ class Session:
             cache.advance(cache.student_out() if out is None else out)
 
     def _enter_network(self, data: Images, world: World) -> None:
-        self.cache = self._student_out = None  # the units' caches go before the images come again
-        images = self._checked_images(data, world)
-        self.cache = NetworkCache(
-            self.teacher, self.student, images, world.device, self._on_device(images, data.policy, world)
-        )
+        self.cache = self._student_out = None  # the units' caches go first
+        images, on_device = self._checked_images(data, world)
+        self.cache = NetworkCache(self.teacher, self.student, images, world.device, on_device)
         if self._network_start is None:
             self._network_start = NetworkStart.of(self.cache, world.mean)
 
@@ -159,9 +161,12 @@ class Session:
 
     def close(self) -> None:
         """Drop the caches."""
-        self.cache = self._student_out = self._unit_clock = None
+        self.cache = self._student_out = self._images = self._unit_clock = None
 
-    def _checked_images(self, data: Images, world: World) -> Tensor:
+    def _checked_images(self, data: Images, world: World) -> tuple[Tensor, bool]:
+        """The images, and whether caches are kept on the device."""
+        if self._images is not None and self._on_device is not None:
+            return self._images, self._on_device
         images = data.open()
         counts = world.gather(torch.tensor([len(images)])).flatten()
         check_batch(int(counts.min()), data.batch_size, world.size)
@@ -171,11 +176,15 @@ class Session:
                 "the checkpoint was calibrated on other images. Give the same data, calibration_samples and seed."
             )
         self.image_digest, self.image_count = digest, int(counts.sum())
-        return images
+        self._images = images if data.again else None
+        self._on_device = data.policy == "device" or (
+            data.policy == "auto" and fits_on_device(self.teacher, images, world.device)
+        )
+        return images, self._on_device
 
     def _open(self, data: Images, world: World) -> UnitCache:
         """Check the images, estimate ranges if there are none yet, weigh channels, and cache the first unit."""
-        images = self._checked_images(data, world)
+        images, on_device = self._checked_images(data, world)
         share = -(-RANGE_IMAGES // world.size)
         if not all(q.enabled for q in weight_quantizers(self.student)):
             start = time.monotonic()
@@ -183,11 +192,7 @@ class Session:
             self.wall_seconds["ranges"] += time.monotonic() - start
         if data.weighting == "fisher":
             self.importance = channel_importance(self.teacher, images[:share], world.device, world.gather)
-        on_device = self._on_device(images, data.policy, world)
         return UnitCache(self.teacher, self.student, images, world.device, on_device)
-
-    def _on_device(self, images: Tensor, policy: CachePolicy, world: World) -> bool:
-        return policy == "device" or (policy == "auto" and fits_on_device(self.teacher, images, world.device))
 
 
 def check_batch(images: int, batch_size: int, world_size: int) -> None:

@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_ptq import PTQError, PTQModule, QuantConfig
+from lightning_ptq import CalibrationDataModule, PTQError, PTQModule, QuantConfig
 from lightning_ptq.layers import quantize_layer, quantized_layers
-from lightning_ptq.losses import feature_loss, prediction_loss
 from lightning_ptq.quantizers import act_quantizers, weight_quantizers
 from lightning_ptq.ranges import weight_qparams
 from tests.helpers import (
@@ -61,31 +60,6 @@ def divergence(module: PTQModule) -> float:
     return float((p * (p / q).log()).sum(1).mean())
 
 
-def test_prediction_loss_is_the_divergence_by_its_definition() -> None:
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = torch.randn(2, 6, 5, 3, generator=generator).double().unbind(0)
-    expected = []
-    for image in range(6):
-        for position in range(3):
-            p = [float(v) for v in teacher[image, :, position].exp()]
-            q = [float(v) for v in student[image, :, position].exp()]
-            pairs = [(a / sum(p), b / sum(q)) for a, b in zip(p, q, strict=True)]
-            expected.append(sum(a * float(torch.tensor(a / b).double().log()) for a, b in pairs))
-    assert float(prediction_loss(student, teacher)) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
-    assert float(prediction_loss(teacher, teacher)) == pytest.approx(0.0, abs=1e-6)
-
-
-def test_feature_loss_is_relative_and_ignores_positions() -> None:
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = torch.randn(2, 6, 4, 5, 5, generator=generator).unbind(0)
-    means = [t.mean((2, 3)) for t in (student, teacher)]
-    expected = float((means[0] - means[1]).pow(2).sum() / means[1].pow(2).sum())
-    assert float(feature_loss(student, teacher)) == pytest.approx(expected, rel=1e-5)
-    assert float(feature_loss(8 * student, 8 * teacher)) == pytest.approx(expected, rel=1e-5)
-    assert float(feature_loss(student.flip(2), teacher)) == pytest.approx(expected, rel=1e-5)
-    assert torch.isfinite(feature_loss(student, torch.zeros_like(teacher)))
-
-
 def test_the_last_epoch_brings_predictions_closer(units_only: PTQModule, with_network: PTQModule) -> None:
     assert with_network.reports[-1].accepted
     assert divergence(with_network) < 0.85 * divergence(units_only)
@@ -131,18 +105,74 @@ def test_contrastive_joins_and_is_balanced(tmp_path: Path) -> None:
         ({"network_steps": 7}, 7),
         ({"network_steps": 0}, 0),
         ({"method": "nearest"}, 0),
-        ({"granularity": "net", "network_steps": 7}, 0),
+        ({"granularity": "net"}, 0),
     ],
 )
 def test_number_of_steps(changes: dict[str, Any], steps: int) -> None:
     assert tiny_module(**({"steps_per_unit": 40} | changes)).network_steps == steps
 
 
-def test_a_validation_interval_beyond_it_is_refused_before_any_work(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"val_check_interval": 3}, "val_check_interval=3 is more than the 2 steps of the whole-network epoch"),
+        ({"limit_train_batches": 0.25}, "limit_train_batches=0.25 leaves nothing of the 2 steps"),
+    ],
+)
+def test_a_trainer_that_it_does_not_fit_is_refused_before_any_work(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
     module = tiny_module(steps_per_unit=4)
-    with pytest.raises(PTQError, match="val_check_interval=3 is more than the 2 steps of the whole-network epoch"):
-        trainer(tmp_path, val_check_interval=3).fit(module, datamodule=tiny_data())
+    with pytest.raises(PTQError, match=message):
+        trainer(tmp_path, **settings).fit(module, datamodule=tiny_data())
     assert not module.reports
+    # Without that epoch there is nothing to refuse.
+    trainer(tmp_path, **settings, max_epochs=1).fit(module, datamodule=tiny_data())
+
+
+def test_a_single_unit_has_no_such_epoch() -> None:
+    with pytest.raises(PTQError, match="network_steps=7 needs two units or more, but granularity='net'"):
+        tiny_module(granularity="net", network_steps=7)
+
+
+def test_images_are_opened_once(tmp_path: Path) -> None:
+    """A stream gives them only once."""
+    stream = iter(tiny_images(40).split(16))
+    module = tiny_module()
+    data = CalibrationDataModule.from_loaders(stream, calibration_samples=40)
+    trainer(tmp_path).fit(module, datamodule=data)
+    assert module.reports[-1].name == "whole-network"
+
+
+@pytest.mark.parametrize("changes", [{"rounding": "nearest", "scales": "joint"}, {"contrastive": True}])
+def test_layers_without_bias_and_per_tensor_weights(tmp_path: Path, changes: dict[str, Any]) -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3, bias=False), nn.ReLU(), nn.Conv2d(6, 6, 3, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    module = PTQModule(
+        net.eval(), QuantConfig(3, 3, weight_per="tensor"), steps_per_unit=8, batch_size=8, seed=0, **changes
+    )
+    data = CalibrationDataModule.from_loaders(tiny_images(40).split(16), calibration_samples=40)
+    trainer(tmp_path).fit(module, datamodule=data)
+    x = tiny_images(4)
+    with torch.no_grad():
+        assert torch.isfinite(module(x)).all()
+    assert module.reports[-1].name == "whole-network"
+
+
+def test_gains_have_gradients_in_half_precision() -> None:
+    layer = nn.Conv2d(2, 2, 1, bias=False)
+    layer.weight.data.fill_(1.0)
+    twin = quantize_layer(layer, 8, QuantConfig(8, 8))
+    q = twin.weight_quantizer
+    q.set_range(layer.weight, *weight_qparams(layer.weight, "minmax", 8, False, True))
+    q.log_gain.requires_grad_(True)
+    q.bias_shift.requires_grad_(True)
+    x = torch.ones(1, 2, 4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = twin(x)
+    (gradient,) = torch.autograd.grad(out.sum(), q.log_gain)
+    torch.testing.assert_close(gradient.flatten(), torch.full((2,), 32.0), rtol=1e-2, atol=0)
 
 
 def test_gains_and_shifts_fold_into_scales_and_biases(with_network: PTQModule) -> None:

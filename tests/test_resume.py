@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "accumulated": {"trainer": {"accumulate_grad_batches": 2}},
     "limited": {"trainer": {"limit_train_batches": 4}},
     "validated each unit": {"trainer": {"check_val_every_n_epoch": 2}},
+    "long last epoch": {"module": {"network_steps": 7}},
 }
 
 
@@ -71,6 +72,19 @@ def test_resume_after_max_steps_goes_on_in_the_middle_of_the_unit(tmp_path: Path
     last = tmp_path / "stopped" / "checkpoints" / "last.ckpt"
     trainer(tmp_path / "resumed").fit(module, datamodule=tiny_data(), ckpt_path=last)
     assert_equal_states(quantization_state(module), quantization_state(whole))
+
+
+@pytest.mark.parametrize("steps", [6, 12, 24, 25, 26])
+def test_resume_with_max_steps_at_the_end_of_a_unit(tmp_path: Path, steps: int) -> None:
+    """A job that runs slice by slice: units of 6 steps, a last epoch of 3."""
+    whole = tiny_module()
+    trainer(tmp_path / "whole").fit(whole, datamodule=tiny_data())
+    trainer(tmp_path / "stopped", max_steps=steps).fit(tiny_module(), datamodule=tiny_data())
+    module = tiny_module()
+    last = tmp_path / "stopped" / "checkpoints" / "last.ckpt"
+    trainer(tmp_path / "resumed", max_steps=27).fit(module, datamodule=tiny_data(), ckpt_path=last)
+    assert_equal_states(quantization_state(module), quantization_state(whole))
+    assert [r.name for r in module.reports] == list(module.epoch_names)
 
 
 def test_a_checkpoint_holds_no_teacher_and_only_tensors_and_primitives(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ class UnitBatch:
         teacher_features: what the teacher's tail makes of `teacher_out`: the teacher's final output (B, ...).
         tail: the frozen rest of the teacher, from a unit's output to the final output.
         student_unit: the unit under calibration.
-        unit: its index. step: the optimisation step within it.
+        unit: its index in the objective. step: the optimisation step within it.
         progress: share of the unit's rounding schedule that is done, in [0, 1].
     """
 
@@ -46,7 +46,7 @@ class Term(nn.Module):
     """A loss term: maps a `UnitBatch` to a scalar.
 
     `rho` is None for a term that is added as it is. Otherwise the term is balanced: its gradient at the unit's output
-    is scaled to `rho` times the norm of the reconstruction term's.
+    is scaled to `rho` times the norm of the first term's.
     """
 
     rho: float | None = None
@@ -56,7 +56,7 @@ class Term(nn.Module):
 
 
 class Objective(nn.Module):
-    """Weighted sum of terms, the first of which is the reconstruction that balanced terms are measured against.
+    """Weighted sum of terms, the first of which is what balanced terms are measured against: reconstruction, as a rule.
 
     Args:
         terms: name -> term.

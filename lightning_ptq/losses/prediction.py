@@ -13,8 +13,10 @@ def prediction_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(teacher || student) in nats of the class distributions, mean over batch and positions (Hinton et al. 2015).
 
     Args:
-        student, teacher: logits (B, classes, ...).
+        student, teacher: logits (B, classes, ...). One class has no distribution: then it is the squared error.
     """
+    if student.shape[1] == 1:
+        return torch.nn.functional.mse_loss(student.float(), teacher.float())
     student, teacher = student.float().log_softmax(1), teacher.float().log_softmax(1)
     return torch.nn.functional.kl_div(student, teacher, reduction="none", log_target=True).sum(1).mean()
 

@@ -1,0 +1,38 @@
+"""Losses of the whole network against their definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_ptq.losses import feature_loss, prediction_loss
+
+
+def test_prediction_loss_is_the_divergence_by_its_definition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 6, 5, 3, generator=generator).double().unbind(0)
+    expected = []
+    for image in range(6):
+        for position in range(3):
+            p = [float(v) for v in teacher[image, :, position].exp()]
+            q = [float(v) for v in student[image, :, position].exp()]
+            pairs = [(a / sum(p), b / sum(q)) for a, b in zip(p, q, strict=True)]
+            expected.append(sum(a * float(torch.tensor(a / b).double().log()) for a, b in pairs))
+    assert float(prediction_loss(student, teacher)) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert float(prediction_loss(teacher, teacher)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_one_output_has_a_squared_error() -> None:
+    student, teacher = torch.randn(2, 6, 1, generator=torch.Generator().manual_seed(0)).unbind(0)
+    assert float(prediction_loss(student, teacher)) == pytest.approx(float((student - teacher).square().mean()))
+
+
+def test_feature_loss_is_relative_and_ignores_positions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 6, 4, 5, 5, generator=generator).unbind(0)
+    means = [t.mean((2, 3)) for t in (student, teacher)]
+    expected = float((means[0] - means[1]).pow(2).sum() / means[1].pow(2).sum())
+    assert float(feature_loss(student, teacher)) == pytest.approx(expected, rel=1e-5)
+    assert float(feature_loss(8 * student, 8 * teacher)) == pytest.approx(expected, rel=1e-5)
+    assert float(feature_loss(student.flip(2), teacher)) == pytest.approx(expected, rel=1e-5)
+    assert torch.isfinite(feature_loss(student, torch.zeros_like(teacher)))
