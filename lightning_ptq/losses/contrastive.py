@@ -17,7 +17,7 @@ from lightning_ptq.config import check_option
 from lightning_ptq.errors import PTQError
 from lightning_ptq.losses.base import Term, UnitBatch
 
-ContrastiveLoss = Literal["infonce", "nce"]
+ContrastiveLoss = Literal["infonce", "nce", "dcl", "debiased"]
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,13 @@ class ContrastiveConfig:
     """How the contrastive term is computed.
 
     Args:
-        loss: "infonce" (MI >= log B - loss) or "nce" (binary, the reading of the third-party reimplementation).
+        loss: "infonce" (MI >= log B - loss); "nce" (binary, the reading of the third-party reimplementation); "dcl"
+            (infonce whose positive is not among what it is compared with, so that its gradient stays when it is close);
+            "debiased" (infonce that takes a share `prior` of the negatives for hidden positives).
+        two_sided: average the loss of student against teachers and that of teacher against students.
         temperature: divides the cosine similarities.
         rho: norm of the term's gradient at the unit's output, relative to the reconstruction's.
+        prior: share of hidden positives among the negatives of "debiased".
         mask_collisions: leave out negatives for which the teacher predicts the same class: they are no negatives.
 
     Raises:
@@ -38,12 +42,16 @@ class ContrastiveConfig:
     temperature: float = 0.1
     rho: float = 0.1
     mask_collisions: bool = True
+    two_sided: bool = False
+    prior: float = 0.1
 
     def __post_init__(self) -> None:
         check_option(self.loss, get_args(ContrastiveLoss), "contrastive loss")
         for name in ("temperature", "rho"):
             if not getattr(self, name) > 0:
                 raise PTQError(f"contrastive {name}={getattr(self, name)} must be positive. The default is 0.1.")
+        if not 0 <= self.prior < 1:
+            raise PTQError(f"contrastive prior={self.prior} is no share below 1. The default is 0.1.")
 
 
 def similarities(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -74,6 +82,35 @@ def nce_loss(logits: Tensor, negatives: Tensor) -> Tensor:
     return positive + negative.sum() / negatives.sum().clamp(min=1)
 
 
+def dcl_loss(logits: Tensor, negatives: Tensor) -> Tensor:
+    """-mean_i log(exp s_ii / sum over negatives j of exp s_ij) (Yeh et al. 2022, eq. 6); shapes as in `infonce_loss`.
+
+    A row without negatives counts its positive alone.
+    """
+    return (_log_sum(logits, negatives) * negatives.any(1) - logits.diagonal()).mean()
+
+
+def debiased_loss(logits: Tensor, negatives: Tensor, prior: float, temperature: float) -> Tensor:
+    """InfoNCE with the negatives' mean corrected for hidden positives (Chuang et al. 2020, eq. 7 and 8).
+
+    -mean_i log(exp s_ii / (exp s_ii + n_i g_i)), where n_i counts the negatives of row i and g_i is their mean of
+    exp s_ij, less `prior` times exp s_ii, over 1 - `prior`, and at least the smallest value that cosines can have,
+    exp(-1 / temperature). Shapes as in `infonce_loss`.
+    """
+    compared = negatives | torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    top = logits.detach().masked_fill(~compared, float("-inf")).amax(1)  # taken out of every exponential
+    positive = (logits.diagonal() - top).exp()
+    count = negatives.sum(1)
+    mean = (logits - top[:, None]).masked_fill(~negatives, float("-inf")).exp().sum(1) / count.clamp(min=1)
+    corrected = ((mean - prior * positive) / (1.0 - prior)).maximum((-1.0 / temperature - top).exp())
+    return ((positive + count * corrected).log() - logits.diagonal() + top).mean()
+
+
+def _log_sum(logits: Tensor, chosen: Tensor) -> Tensor:
+    """logsumexp of the chosen elements of each row (B,); of none, a large negative number and no gradient."""
+    return logits.masked_fill(~chosen, torch.finfo(logits.dtype).min).logsumexp(1)
+
+
 def collision_free(features: Tensor, mask_collisions: bool = True) -> Tensor:
     """(B, B) boolean mask of pairs that are negatives, given the teacher's features (B, D).
 
@@ -101,4 +138,11 @@ class Contrastive(Term):
         student = pooled(batch.tail(batch.student_out).float())  # (B, D)
         logits = similarities(student, teacher, self.config.temperature)  # (B, B)
         negatives = collision_free(teacher, self.config.mask_collisions)
-        return (infonce_loss if self.config.loss == "infonce" else nce_loss)(logits, negatives)
+        if self.config.two_sided:
+            return (self._loss(logits, negatives) + self._loss(logits.T, negatives.T)) / 2
+        return self._loss(logits, negatives)
+
+    def _loss(self, logits: Tensor, negatives: Tensor) -> Tensor:
+        if self.config.loss == "debiased":
+            return debiased_loss(logits, negatives, self.config.prior, self.config.temperature)
+        return {"infonce": infonce_loss, "nce": nce_loss, "dcl": dcl_loss}[self.config.loss](logits, negatives)

@@ -1,6 +1,7 @@
 """Loss terms against slow references written from their formulas."""
 
 import math
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from lightning_ptq.losses.base import BALANCE_STEPS
 from lightning_ptq.losses.contrastive import (
     Contrastive,
     ContrastiveConfig,
+    ContrastiveLoss,
     collision_free,
+    dcl_loss,
+    debiased_loss,
     infonce_loss,
     nce_loss,
     similarities,
@@ -45,8 +49,37 @@ def slow_nce(student: torch.Tensor, teacher: torch.Tensor, tau: float, negative:
     return positives + sum(math.log1p(math.exp(s[i][j])) for i, j in pairs) / max(len(pairs), 1)
 
 
+def slow_dcl(student: torch.Tensor, teacher: torch.Tensor, tau: float, negative: list[list[bool]]) -> float:
+    n, total = len(student), 0.0
+    cosine = torch.nn.functional.cosine_similarity
+    for i in range(n):
+        s = [float(cosine(student[i], teacher[j], dim=0)) / tau for j in range(n)]
+        others = [math.exp(s[j]) for j in range(n) if negative[i][j]]
+        total += (math.log(sum(others)) if others else 0.0) - s[i]
+    return total / n
+
+
+def slow_debiased(student: torch.Tensor, teacher: torch.Tensor, tau: float, negative: list[list[bool]]) -> float:
+    n, total, prior = len(student), 0.0, 0.3
+    cosine = torch.nn.functional.cosine_similarity
+    for i in range(n):
+        e = [math.exp(float(cosine(student[i], teacher[j], dim=0)) / tau) for j in range(n)]
+        others = [e[j] for j in range(n) if negative[i][j]]
+        mean = sum(others) / max(len(others), 1)
+        g = max((mean - prior * e[i]) / (1 - prior), math.exp(-1 / tau))
+        total -= math.log(e[i] / (e[i] + len(others) * g))
+    return total / n
+
+
+def debiased(logits: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
+    return debiased_loss(logits, negatives, prior=0.3, temperature=0.2)
+
+
+LOSSES = [(infonce_loss, slow_infonce), (nce_loss, slow_nce), (dcl_loss, slow_dcl), (debiased, slow_debiased)]
+
+
 @pytest.mark.parametrize("mask", [False, True])
-@pytest.mark.parametrize(("loss", "slow"), [(infonce_loss, slow_infonce), (nce_loss, slow_nce)])
+@pytest.mark.parametrize(("loss", "slow"), LOSSES)
 def test_contrastive_losses_equal_their_formulas(loss: object, slow: object, mask: bool) -> None:
     student, teacher = torch.randn(6, 4).double(), torch.randn(6, 4).double()
     classes = teacher.argmax(1).tolist()
@@ -57,16 +90,17 @@ def test_contrastive_losses_equal_their_formulas(loss: object, slow: object, mas
     assert float(value) == pytest.approx(slow(student, teacher, 0.2, negative), rel=1e-5)
 
 
-@pytest.mark.parametrize("loss", [infonce_loss, nce_loss])
+@pytest.mark.parametrize("loss", [loss for loss, _ in LOSSES])
 def test_contrastive_gradients(loss: object) -> None:
     logits = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
     negatives = collision_free(torch.randn(5, 3))
     assert torch.autograd.gradcheck(lambda s: loss(s, negatives), (logits,))
 
 
-@pytest.mark.parametrize("loss", ["infonce", "nce"])
-def test_contrastive_term_is_invariant_and_lowest_for_a_perfect_student(loss: str) -> None:
-    term = Contrastive(ContrastiveConfig(loss=loss))
+@pytest.mark.parametrize("two_sided", [False, True])
+@pytest.mark.parametrize("loss", get_args(ContrastiveLoss))
+def test_contrastive_term_is_invariant_and_lowest_for_a_perfect_student(loss: Any, two_sided: bool) -> None:
+    term = Contrastive(ContrastiveConfig(loss=loss, two_sided=two_sided))
     teacher = torch.randn(16, 10)
     student = teacher + 0.5 * torch.randn(16, 10)
     order = torch.randperm(16)
@@ -75,16 +109,40 @@ def test_contrastive_term_is_invariant_and_lowest_for_a_perfect_student(loss: st
     assert term(unit_batch(teacher, teacher)) < value
 
 
-@pytest.mark.parametrize("loss", ["infonce", "nce"])
-def test_contrastive_term_stays_finite(loss: str) -> None:
-    term = Contrastive(ContrastiveConfig(loss=loss, temperature=0.01))
+@pytest.mark.parametrize("two_sided", [False, True])
+@pytest.mark.parametrize("loss", get_args(ContrastiveLoss))
+def test_contrastive_term_stays_finite(loss: Any, two_sided: bool) -> None:
+    term = Contrastive(ContrastiveConfig(loss=loss, temperature=0.01, two_sided=two_sided))
     same_class = torch.ones(4, 3) * torch.tensor([3.0, 1.0, 0.0])
-    for student in (torch.zeros(4, 3), same_class, same_class * 1e6):
+    opposite = torch.eye(4, 3) - torch.eye(4, 3).roll(1, 0)
+    cases = [(s, same_class) for s in (torch.zeros(4, 3), same_class, same_class * 1e6)]
+    for student, teacher in [*cases, (-opposite, opposite), (opposite.roll(1, 0), opposite)]:
         student = student.clone().requires_grad_()
-        value = term(unit_batch(student, same_class))
+        value = term(unit_batch(student, teacher))
         value.backward()
         assert value.isfinite()
         assert student.grad.isfinite().all()
+
+
+def test_the_gradient_of_dcl_stays_where_that_of_infonce_vanishes() -> None:
+    teacher = torch.eye(6)
+    gradients = {}
+    for loss in ("infonce", "dcl"):
+        student = (teacher + 1e-3 * torch.arange(36.0).view(6, 6)).requires_grad_()
+        Contrastive(ContrastiveConfig(loss=loss, temperature=0.05))(unit_batch(student, teacher)).backward()
+        gradients[loss] = float(student.grad.norm())
+    assert gradients["dcl"] > 100 * gradients["infonce"]
+
+
+def test_two_sided_is_the_mean_of_both_directions() -> None:
+    student, teacher = torch.randn(2, 8, 5).unbind(0)
+    negatives = collision_free(teacher)
+    ways = [
+        slow_infonce(*pair, 0.1, mask.tolist())
+        for pair, mask in (((student, teacher), negatives), ((teacher, student), negatives.T))
+    ]
+    term = Contrastive(ContrastiveConfig(two_sided=True))
+    assert float(term(unit_batch(student, teacher))) == pytest.approx(sum(ways) / 2, rel=1e-4)
 
 
 def test_dense_outputs_are_pooled_over_positions() -> None:
