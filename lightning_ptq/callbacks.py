@@ -171,6 +171,7 @@ def summarize(module: PTQModule, trainer: L.Trainer, metrics: dict[str, float]) 
         "calibration_samples": samples if module.session.image_count is None else module.session.image_count,
         "steps_per_unit": module.steps_per_unit,
         "network_steps": module.network_steps,
+        "complete": len(module.reports) == len(module.epoch_names),
         **{key: metrics.get(key) for key in ("teacher_top1", "nearest_top1", "student_top1")},
         "teacher_agreement": metrics.get("student_agreement"),
         "nearest_agreement": metrics.get("nearest_agreement"),
@@ -227,10 +228,17 @@ def table(summary: dict[str, Any]) -> str:
     width = max(len(name) for name, *_ in rows)
     lines = [f"{'':{width}} {'top-1 %':>9} {'agreement with the teacher %':>30}"]
     lines += [f"{name:{width}} {cell(top1)} {cell(agreement):>30}" for name, top1, agreement in rows]
+    if not summary["complete"]:
+        lines.append(
+            f"not finished: {len(summary['units'])} units are done. To go on, give ckpt_path, the run's "
+            "checkpoints/last.ckpt, and lift what stopped it (max_steps, max_epochs, max_time)."
+        )
     rolled_back = [unit["name"] for unit in summary["units"] if not unit["accepted"]]
     units = [name for name in rolled_back if name != NETWORK]
     if units:
-        lines.append(f"kept as rounded to nearest, since calibration did not improve them: {', '.join(units)}")
+        lines.append(
+            f"kept as rounded to nearest, since calibration did not improve them: {', '.join(map(repr, units))}"
+        )
     if NETWORK in rolled_back:
         lines.append("kept as the units left it, since the last epoch did not improve it: the whole network")
     return "\n".join(["", *lines])

@@ -78,7 +78,9 @@ def build_model(name: str, weights: str | None = None) -> nn.Module:
 def load_weights(model: nn.Module, path: str) -> None:
     """Load a state dict, bare or below "state_dict" or "model", strictly and without running code from the file."""
     if not Path(path).is_file():
-        raise PTQError(f"weights={path!r} is no file. Give a state dict saved with torch.save.")
+        raise PTQError(
+            f"weights={path!r} is no file, seen from {str(Path.cwd())!r}. Give a state dict saved with torch.save."
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

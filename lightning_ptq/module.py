@@ -131,7 +131,8 @@ class PTQModule(Evaluation):
         )
         super().__init__(chains.teacher, chains.student)
         self.chains, self.method = chains, coordinates
-        self.method_name, self.quant, self.contrastive, self.critic = method, quant, contrastive, critic
+        self.method_name, self.quant, self.critic = method, quant, critic
+        self.contrastive = contrastive = contrastive and coordinates.learns
         self.model_name, self.rounding_weight = type(model).__name__, rounding_weight
         # What learns nothing needs no steps; one keeps Lightning's loop, and so validation and checkpoints, alive.
         self.steps_per_unit = steps_per_unit if self.method.learns else 1
@@ -144,7 +145,7 @@ class PTQModule(Evaluation):
         objective: dict[str, Term] = {"reconstruction": Reconstruction()}
         if self.method.rounding == "adaround":
             objective["rounding"] = RoundingRegularizer(rounding_weight)
-        if contrastive and self.method.learns:
+        if contrastive:
             objective["contrastive"] = Contrastive(critic)
         self.objective = Objective(objective | (terms or {}), len(self.student))
         # Nothing lies before the head of a single unit.

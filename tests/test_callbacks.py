@@ -73,12 +73,14 @@ def test_the_table_shows_three_rows_and_what_was_rolled_back() -> None:
     summary = {
         "weight_bits": 2, "act_bits": 4, "method": "qdrop", "contrastive": True, "teacher_top1": 88.55,
         "nearest_top1": 16.2, "student_top1": 86.125, "teacher_agreement": 91.0, "nearest_agreement": 16.5,
-        "units": [{"name": "conv1", "accepted": False}, {"name": "fc", "accepted": True}],
+        "units": [{"name": "conv1", "accepted": False}, {"name": "fc", "accepted": True}], "complete": True,
     }  # fmt: skip
     lines = table(summary).splitlines()
     assert [line.split()[-2:] for line in lines[2:5]] == [["88.55", "100.00"], ["16.20", "16.50"], ["86.12", "91.00"]]
     assert lines[4].startswith("qdrop + contrastive, W2A4")
-    assert lines[5].endswith("conv1")
+    assert lines[5].endswith("'conv1'")
+    assert len(lines) == 6
+    assert "not finished: 2 units are done" in table(summary | {"complete": False})
     assert " - " in table(summary | {"student_top1": None}) + " "
 
 
