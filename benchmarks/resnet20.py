@@ -35,10 +35,26 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
     "contrastive": [{"bits": "w2a2", "contrastive": on} for on in (False, True)],
     "time": [{"bits": "w2a2", "network": network} for network in (False, True)],
 }
-DEFAULTS = {"bits": "w2a2", "method": "qdrop", "contrastive": False, "steps": 500, "network": True}
-DEFAULTS |= {"samples": 1024, "seed": 0}
-RESULTS = ("nearest_top1", "student_top1", "teacher_agreement", "wall", "f", "f_in_run", "peak_rss_mib", "threads")
-RESULTS += ("commit",)
+DEFAULTS = {
+    "bits": "w2a2",
+    "method": "qdrop",
+    "contrastive": False,
+    "steps": 500,
+    "network": True,
+    "samples": 1024,
+    "seed": 0,
+}
+RESULTS = (
+    "nearest_top1",
+    "student_top1",
+    "teacher_agreement",
+    "wall",
+    "f",
+    "f_in_run",
+    "peak_rss_mib",
+    "threads",
+    "commit",
+)
 
 
 def run_one(settings: dict[str, Any], root: Path, threads: int) -> dict[str, Any]:

@@ -37,10 +37,11 @@ def unit_title(trainer: L.Trainer) -> str:
 def current_terms(trainer: L.Trainer, metrics: dict[str, Any]) -> dict[str, Any]:
     """What of a bar's `metrics` says something: no version number, no term that was left behind by another epoch."""
     module: PTQModule = trainer.lightning_module  # type: ignore[assignment]
-    whole = trainer.current_epoch >= len(module.student)
-    stale = (module.objective if whole else module.network_objective).terms.keys()
-    current = (module.network_objective if whole else module.objective).terms.keys()
-    return {key: value for key, value in metrics.items() if key != "v_num" and (key in current or key not in stale)}
+    objectives = [module.objective, module.network_objective]
+    current = objectives.pop(trainer.current_epoch >= len(module.student)).terms
+    (other,) = objectives
+    stale = {"v_num", *other.terms} - set(current)
+    return {key: value for key, value in metrics.items() if key not in stale}
 
 
 class UnitRichBar(RichProgressBar):

@@ -42,7 +42,6 @@ class NetworkCache:
 
     def __init__(self, teacher: Chain, student: Chain, images: Tensor, device: torch.device, on_device: bool) -> None:
         self.student, self.device = student, device
-        self.unit = len(student)
         self.images = images.to(device) if on_device else images
         head = len(teacher) - 1
         self.head_in = run_chunked(lambda x: teacher(x, stop=head), self.images, device)

@@ -157,7 +157,7 @@ class Session:
 
     def importance_of(self, unit: int) -> Tensor | None:
         """Weights of the channels of a unit's output (C,); None where all count alike."""
-        return None if self.importance is None or unit == len(self.student) else self.importance[unit]
+        return None if self.importance is None else self.importance[unit]
 
     def close(self) -> None:
         """Drop the caches."""

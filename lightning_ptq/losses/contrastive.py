@@ -71,8 +71,7 @@ def infonce_loss(logits: Tensor, negatives: Tensor) -> Tensor:
         logits: (B, B) similarities over the temperature, positives on the diagonal.
         negatives: (B, B) boolean, False on the diagonal.
     """
-    diagonal = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-    return (logits.masked_fill(~(negatives | diagonal), float("-inf")).logsumexp(1) - logits.diagonal()).mean()
+    return (_log_sum(logits, _compared(negatives)) - logits.diagonal()).mean()
 
 
 def nce_loss(logits: Tensor, negatives: Tensor) -> Tensor:
@@ -83,7 +82,7 @@ def nce_loss(logits: Tensor, negatives: Tensor) -> Tensor:
 
 
 def dcl_loss(logits: Tensor, negatives: Tensor) -> Tensor:
-    """-mean_i log(exp s_ii / sum over negatives j of exp s_ij) (Yeh et al. 2022, eq. 6); shapes as in `infonce_loss`.
+    """-mean_i log(exp s_ii / sum over negatives j of exp s_ij) (Yeh et al. 2022); shapes as in `infonce_loss`.
 
     A row without negatives counts its positive alone.
     """
@@ -91,19 +90,23 @@ def dcl_loss(logits: Tensor, negatives: Tensor) -> Tensor:
 
 
 def debiased_loss(logits: Tensor, negatives: Tensor, prior: float, temperature: float) -> Tensor:
-    """InfoNCE with the negatives' mean corrected for hidden positives (Chuang et al. 2020, eq. 7 and 8).
+    """InfoNCE with the negatives' mean corrected for hidden positives (Chuang et al. 2020).
 
     -mean_i log(exp s_ii / (exp s_ii + n_i g_i)), where n_i counts the negatives of row i and g_i is their mean of
     exp s_ij, less `prior` times exp s_ii, over 1 - `prior`, and at least the smallest value that cosines can have,
     exp(-1 / temperature). Shapes as in `infonce_loss`.
     """
-    compared = negatives | torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-    top = logits.detach().masked_fill(~compared, float("-inf")).amax(1)  # taken out of every exponential
+    top = logits.detach().masked_fill(~_compared(negatives), float("-inf")).amax(1)  # taken out of every exponential
     positive = (logits.diagonal() - top).exp()
     count = negatives.sum(1)
     mean = (logits - top[:, None]).masked_fill(~negatives, float("-inf")).exp().sum(1) / count.clamp(min=1)
     corrected = ((mean - prior * positive) / (1.0 - prior)).maximum((-1.0 / temperature - top).exp())
     return ((positive + count * corrected).log() - logits.diagonal() + top).mean()
+
+
+def _compared(negatives: Tensor) -> Tensor:
+    """(B, B) mask of the pairs that a row is compared with: its negatives and its positive, on the diagonal."""
+    return negatives | torch.eye(len(negatives), dtype=torch.bool, device=negatives.device)
 
 
 def _log_sum(logits: Tensor, chosen: Tensor) -> Tensor:
