@@ -36,12 +36,13 @@ def run_chunked(function: Callable[[Tensor], Tensor], x: Tensor, device: torch.d
 
 
 class Minibatch(NamedTuple):
-    """What one step reads: the same rows of every cache, on the compute device; all (B, ...)."""
+    """What one step reads: the same rows of every cache and their numbers; all (B, ...), on the compute device."""
 
     student_in: Tensor
     teacher_in: Tensor
     teacher_out: Tensor
     features: Tensor
+    rows: Tensor
 
 
 class UnitCache:
@@ -69,8 +70,8 @@ class UnitCache:
     def minibatch(self, index: Tensor) -> Minibatch:
         """Rows `index` (B,) of the caches."""
         index = index.to(self.teacher_in.device)
-        rows = (t.index_select(0, index) for t in (self.student_in, self.teacher_in, self.teacher_out, self.features))
-        return Minibatch(*(row.to(self.device, non_blocking=True) for row in rows))
+        parts = (t.index_select(0, index) for t in (self.student_in, self.teacher_in, self.teacher_out, self.features))
+        return Minibatch(*(part.to(self.device, non_blocking=True) for part in (*parts, index)))
 
     def student_out(self, count: int | None = None) -> Tensor:
         """The student unit's output for the first `count` images, as quantized now; finite or not."""

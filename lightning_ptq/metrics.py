@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_ptq.losses.contrastive import similarities
+from lightning_ptq.losses.critic import cosine
 
 # What a validation measures, in percent, each a `MeanRate`.
 RATES = ("teacher_top1", "nearest_top1", "student_top1", "nearest_agreement", "student_agreement")
@@ -31,7 +31,7 @@ def mi_lower_bound(student: Tensor, teacher: Tensor, temperature: float = 0.1) -
     Shapes: both (N, ...), row i of each from the same image.
     """
     mean = teacher.float().mean(0, keepdim=True)
-    logits = similarities((student.float() - mean).flatten(1), (teacher.float() - mean).flatten(1), temperature)
+    logits = cosine((student.float() - mean).flatten(1), (teacher.float() - mean).flatten(1), temperature)
     loss = (logits.logsumexp(1) - logits.diagonal()).mean()
     return math.log(len(logits)) - float(loss)
 

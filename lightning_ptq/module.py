@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import lightning as L
@@ -17,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lightning_ptq.allocator import keep_freed_memory
-from lightning_ptq.cache import Minibatch, mixed_seed
+from lightning_ptq.cache import Minibatch, UnitCache, mixed_seed
 from lightning_ptq.calibration import UnitReport
 from lightning_ptq.callbacks import model_callbacks
 from lightning_ptq.checks import check_device, check_network_steps, check_settings, check_trainer
@@ -36,6 +35,7 @@ from lightning_ptq.losses import (
     Prediction,
     Reconstruction,
     RoundingRegularizer,
+    Tail,
     Term,
     UnitBatch,
 )
@@ -50,7 +50,7 @@ from lightning_ptq.methods import (
     default_rates,
     get_method,
 )
-from lightning_ptq.network import NETWORK
+from lightning_ptq.network import NETWORK, NetworkCache
 from lightning_ptq.quantizers import DropMask, act_quantizers, forget_ranges, weight_quantizers
 from lightning_ptq.session import CachePolicy, Images, Session, World
 
@@ -323,7 +323,9 @@ class PTQModule(Evaluation):
                 student_out=student_out,
                 teacher_out=batch.teacher_out,
                 teacher_features=batch.features,
-                tail=partial(self._rest, self.teacher, unit + 1),
+                teacher_side=self._cache(),
+                rows=batch.rows,
+                tail=self._tail(self.teacher, unit + 1),
                 student_unit=self.student.units[unit],
                 unit=unit,
                 step=step,
@@ -343,7 +345,9 @@ class PTQModule(Evaluation):
                 student_out=self.student(batch.student_in, stop=head),
                 teacher_out=batch.teacher_out,
                 teacher_features=batch.features,
-                tail=partial(self._rest, self.student, head),
+                teacher_side=self._cache(),
+                rows=batch.rows,
+                tail=self._tail(self.student, head),
                 student_unit=self.student,
                 unit=0,
                 step=step,
@@ -440,10 +444,19 @@ class PTQModule(Evaluation):
             self.teacher.units[unit](batch.teacher_in)
         return inner
 
-    def _rest(self, chain: Chain, start: int, x: Tensor) -> Tensor:
+    def _cache(self) -> UnitCache | NetworkCache:
+        cache = self.session.cache
+        assert cache is not None
+        return cache
+
+    def _tail(self, chain: Chain, start: int) -> Tail:
         """The units of `chain` from `start` on, at the Trainer's precision, though terms are computed in float32."""
-        with self.trainer.precision_plugin.forward_context():
-            return chain(x, start=start)  # type: ignore[no-any-return]
+
+        def run(x: Tensor, units: int) -> Tensor:
+            with self.trainer.precision_plugin.forward_context():
+                return chain(x, start=start, stop=start + units)  # type: ignore[no-any-return]
+
+        return Tail(run, len(chain) - start)
 
     def _set_rates(self, **rates: float) -> None:
         """Learning rates of the named groups, 0 for others; anew at each step, so resuming needs no scheduler."""

@@ -44,8 +44,8 @@ class NetworkCache:
         self.student, self.device = student, device
         self.images = images.to(device) if on_device else images
         head = len(teacher) - 1
-        self.head_in = run_chunked(lambda x: teacher(x, stop=head), self.images, device)
-        self.features = run_chunked(teacher.units[head], self.head_in, device)
+        self.teacher_out = run_chunked(lambda x: teacher(x, stop=head), self.images, device)
+        self.features = run_chunked(teacher.units[head], self.teacher_out, device)
         check_finite(self.features, "the whole network")
 
     def __len__(self) -> int:
@@ -54,11 +54,11 @@ class NetworkCache:
     def minibatch(self, index: Tensor) -> Minibatch:
         """Rows `index` (B,) of the caches; the unit's output is the input of the head."""
         index = index.to(self.images.device)
-        images, head_in, features = (
+        images, teacher_out, features = (
             t.index_select(0, index).to(self.device, non_blocking=True)
-            for t in (self.images, self.head_in, self.features)
+            for t in (self.images, self.teacher_out, self.features)
         )
-        return Minibatch(images, images, head_in, features)
+        return Minibatch(images, images, teacher_out, features, index.to(self.device))
 
     def student_out(self) -> Tensor:
         """The student's final output for all images, as quantized now; finite or not."""

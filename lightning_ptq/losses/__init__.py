@@ -1,6 +1,6 @@
 """Loss terms of a reconstruction unit: one file each, summed by an `Objective`."""
 
-from lightning_ptq.losses.base import Objective, Term, UnitBatch
+from lightning_ptq.losses.base import Objective, Tail, Term, UnitBatch
 from lightning_ptq.losses.contrastive import Contrastive, ContrastiveConfig
 from lightning_ptq.losses.prediction import Features, Prediction, feature_loss, prediction_loss
 from lightning_ptq.losses.reconstruction import Reconstruction, reconstruction_loss
@@ -14,6 +14,7 @@ __all__ = [
     "Prediction",
     "Reconstruction",
     "RoundingRegularizer",
+    "Tail",
     "Term",
     "UnitBatch",
     "feature_loss",

@@ -4,12 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 # Steps at the start of a unit over which the weight of a balanced term is measured; then it is frozen.
 BALANCE_STEPS = 8
+
+
+class TeacherSide(Protocol):
+    """What the teacher makes of all calibration images of this process, in a unit: its output, and the final one."""
+
+    teacher_out: Tensor
+    features: Tensor
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The units behind the one under calibration.
+
+    Attributes:
+        run: (x, n) -> what the first n of them make of x, n > 0.
+        length: how many there are.
+    """
+
+    run: Callable[[Tensor, int], Tensor]
+    length: int
+
+    def __call__(self, x: Tensor, units: int | None = None) -> Tensor:
+        """`x` behind the first `units` of the tail; None runs all."""
+        units = self.length if units is None else units
+        return self.run(x, units) if units else x
 
 
 @dataclass
@@ -24,6 +50,8 @@ class UnitBatch:
         inner: (student, teacher) values where each layer but the last ends, if calibration is layer-wise inside the
             unit; student gradients do not cross from one layer to another.
         teacher_features: what the teacher's tail makes of `teacher_out`: the teacher's final output (B, ...).
+        teacher_side: the teacher's tensors of all images, the same object in every step of a unit.
+        rows: of this minibatch among all images (B,).
         tail: the frozen rest of the teacher, from a unit's output to the final output.
         student_unit: the unit under calibration.
         unit: its index in the objective. step: the optimisation step within it.
@@ -33,7 +61,9 @@ class UnitBatch:
     student_out: Tensor
     teacher_out: Tensor
     teacher_features: Tensor
-    tail: Callable[[Tensor], Tensor]
+    teacher_side: TeacherSide
+    rows: Tensor
+    tail: Tail
     student_unit: nn.Module
     unit: int
     step: int
@@ -46,10 +76,12 @@ class Term(nn.Module):
     """A loss term: maps a `UnitBatch` to a scalar.
 
     `rho` is None for a term that is added as it is. Otherwise the term is balanced: its gradient at the unit's output
-    is scaled to `rho` times the norm of the first term's.
+    is scaled to `rho` times the norm of the first term's. A dear term can be computed at each `every`-th step only;
+    it then counts `every` times as much.
     """
 
     rho: float | None = None
+    every: int = 1
 
     def forward(self, batch: UnitBatch) -> Tensor:
         raise NotImplementedError
@@ -77,26 +109,31 @@ class Objective(nn.Module):
         with torch.autocast(batch.student_out.device.type, enabled=False):
             for i, (name, term) in enumerate(self.terms.items()):
                 assert isinstance(term, Term)
+                if batch.step % term.every:
+                    result[name] = batch.student_out.new_zeros(())
+                    continue
                 value = term(batch)
                 if reference is None:
                     reference = value
                 elif term.rho is not None:
-                    value = value * self._weight(i, term.rho, value, reference, batch)
-                result[name] = value
+                    value = value * self._weight(i, term, value, reference, batch)
+                result[name] = value * term.every
         return result
 
-    def _weight(self, i: int, rho: float, value: Tensor, reference: Tensor, batch: UnitBatch) -> Tensor:
+    def _weight(self, i: int, term: Term, value: Tensor, reference: Tensor, batch: UnitBatch) -> Tensor:
         """lambda = rho * mean over the first steps of |d reference / d output| / |d value / d output|."""
-        if batch.step < BALANCE_STEPS:
+        assert term.rho is not None
+        step = batch.step // term.every
+        if step < BALANCE_STEPS:
             ratio = _gradient_norm(reference, batch.student_out) / _gradient_norm(value, batch.student_out)
             ratio = torch.nan_to_num(ratio, nan=0.0, posinf=0.0)
             if torch.distributed.is_initialized():
                 torch.distributed.all_reduce(ratio)
                 ratio = ratio / torch.distributed.get_world_size()
             # Step 0 overwrites, so that entering a unit again starts its measurement again.
-            self.ratio_sums[batch.unit, i] *= float(batch.step > 0)
+            self.ratio_sums[batch.unit, i] *= float(step > 0)
             self.ratio_sums[batch.unit, i] += ratio
-        return rho * self.ratio_sums[batch.unit, i].clone() / min(batch.step + 1, BALANCE_STEPS)
+        return term.rho * self.ratio_sums[batch.unit, i].clone() / min(step + 1, BALANCE_STEPS)
 
 
 def _gradient_norm(value: Tensor, at: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """Contrastive calibration (CL-Calib, Shang et al. 2024): keep the mutual information of both activations.
 
-Student and teacher activations of a unit go through the frozen rest of the teacher and are compared there. The same
-image is a positive pair, other images of the batch are negatives. Minimising the loss raises a lower bound of
+Features of the student's and the teacher's activation of a unit are compared (`critic.py`): the same image is a
+positive pair, other images are negatives (`infonce.py`). Minimising the loss raises a lower bound of
 I(full-precision; quantized).
 """
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -15,9 +16,25 @@ from torch import Tensor
 
 from lightning_ptq.config import check_option
 from lightning_ptq.errors import PTQError
-from lightning_ptq.losses.base import Term, UnitBatch
+from lightning_ptq.losses.base import Tail, Term, UnitBatch
+from lightning_ptq.losses.critic import (
+    Collisions,
+    FeatureMap,
+    Similarity,
+    cosine,
+    find_negatives,
+    gaussian,
+    pooled,
+    projected,
+)
+from lightning_ptq.losses.gather import first_row, gather_rows, rank, rows_of_all
+from lightning_ptq.losses.infonce import dcl_loss, debiased_loss, infonce_loss, nce_loss
 
 ContrastiveLoss = Literal["infonce", "nce", "dcl", "debiased"]
+NegativeSource = Literal["batch", "bank"]
+
+# Images per forward pass of the teacher's tail when its features are computed.
+CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -25,127 +42,154 @@ class ContrastiveConfig:
     """How the contrastive term is computed.
 
     Args:
-        loss: "infonce" (MI >= log B - loss); "nce" (binary, the reading of the third-party reimplementation); "dcl"
+        loss: "infonce" (MI >= log N - loss); "nce" (binary, the reading of the third-party reimplementation); "dcl"
             (infonce whose positive is not among what it is compared with, so that its gradient stays when it is close);
             "debiased" (infonce that takes a share `prior` of the negatives for hidden positives).
-        two_sided: average the loss of student against teachers and that of teacher against students.
-        temperature: divides the cosine similarities.
+        feature: what is compared: "tail" (the paper: what the frozen rest of the teacher makes of the activation),
+            "tail-features" (the same up to the last unit's input), "output" (the activation itself) or "projection" (a
+            fixed random projection of it); all but the last averaged over positions.
+        tail_units: run only so many units of the tail; None runs all that `feature` asks for.
+        center: take the teacher's mean feature off both.
+        similarity: "cosine", or "gaussian": the negative squared distance.
+        negatives: the other images of the "batch", or of the whole "bank" of calibration images.
+        collisions: what to do about images that are no negatives: leave out those for which the teacher predicts the
+            same class ("argmax") or the share `prior` whose features are nearest ("similarity"), or "keep" them.
+        two_sided: average the loss of student against teachers and that of teacher against the batch's students.
+        temperature: divides the similarities.
         rho: norm of the term's gradient at the unit's output, relative to the reconstruction's.
-        prior: share of hidden positives among the negatives of "debiased".
-        mask_collisions: leave out negatives for which the teacher predicts the same class: they are no negatives.
+        prior: share of hidden positives among the negatives, for "debiased" and "similarity".
+        every: compute the term at every so many steps only, with so many times its weight.
+        images: compute the student's features of the first so many images of a batch; None takes all.
 
     Raises:
-        PTQError: an unknown loss, or a temperature or rho that is not positive.
+        PTQError: an unknown choice, or a number outside its range.
     """
 
     loss: ContrastiveLoss = "infonce"
+    feature: FeatureMap = "tail"
+    tail_units: int | None = None
+    center: bool = False
+    similarity: Similarity = "cosine"
+    negatives: NegativeSource = "batch"
+    collisions: Collisions = "argmax"
+    two_sided: bool = False
     temperature: float = 0.1
     rho: float = 0.1
-    mask_collisions: bool = True
-    two_sided: bool = False
     prior: float = 0.1
+    every: int = 1
+    images: int | None = None
 
     def __post_init__(self) -> None:
         check_option(self.loss, get_args(ContrastiveLoss), "contrastive loss")
+        check_option(self.feature, get_args(FeatureMap), "contrastive feature")
+        check_option(self.similarity, get_args(Similarity), "contrastive similarity")
+        check_option(self.negatives, get_args(NegativeSource), "contrastive negatives")
+        check_option(self.collisions, get_args(Collisions), "contrastive collisions")
         for name in ("temperature", "rho"):
             if not getattr(self, name) > 0:
                 raise PTQError(f"contrastive {name}={getattr(self, name)} must be positive. The default is 0.1.")
         if not 0 <= self.prior < 1:
             raise PTQError(f"contrastive prior={self.prior} is no share below 1. The default is 0.1.")
+        for name, least in (("every", 1), ("images", 1), ("tail_units", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise PTQError(f"contrastive {name}={value} must be at least {least}. Leave it out for the default.")
 
 
-def similarities(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Cosine similarity of every student feature to every teacher feature, over the temperature.
+@dataclass(frozen=True)
+class _Bank:
+    """The teacher's side of one unit, of all calibration images of all processes: exact, since the teacher is frozen.
 
-    Shapes: (B, D) and (N, D) -> (B, N).
+    Attributes:
+        features: (N, D). outputs: (N, classes), averaged over positions.
+        mean: (D,) what is taken off all features. variance: mean squared distance of the features to their mean.
+        offset: row of this process's first image.
     """
-    student = torch.nn.functional.normalize(student.float(), dim=1)
-    teacher = torch.nn.functional.normalize(teacher.float(), dim=1)
-    return student @ teacher.T / temperature
+
+    features: Tensor
+    outputs: Tensor
+    mean: Tensor
+    variance: Tensor
+    offset: int
 
 
-def infonce_loss(logits: Tensor, negatives: Tensor) -> Tensor:
-    """-mean_i log(exp s_ii / (exp s_ii + sum over negatives j of exp s_ij)) (van den Oord et al. 2018, eq. 4).
-
-    Args:
-        logits: (B, B) similarities over the temperature, positives on the diagonal.
-        negatives: (B, B) boolean, False on the diagonal.
-    """
-    return (_log_sum(logits, _compared(negatives)) - logits.diagonal()).mean()
-
-
-def nce_loss(logits: Tensor, negatives: Tensor) -> Tensor:
-    """mean_i softplus(-s_ii) + mean over negative pairs of softplus(s_ij); shapes as in `infonce_loss`."""
-    positive = torch.nn.functional.softplus(-logits.diagonal()).mean()
-    negative = torch.nn.functional.softplus(logits) * negatives
-    return positive + negative.sum() / negatives.sum().clamp(min=1)
-
-
-def dcl_loss(logits: Tensor, negatives: Tensor) -> Tensor:
-    """-mean_i log(exp s_ii / sum over negatives j of exp s_ij) (Yeh et al. 2022); shapes as in `infonce_loss`.
-
-    A row without negatives counts its positive alone.
-    """
-    return (_log_sum(logits, negatives) * negatives.any(1) - logits.diagonal()).mean()
-
-
-def debiased_loss(logits: Tensor, negatives: Tensor, prior: float, temperature: float) -> Tensor:
-    """InfoNCE with the negatives' mean corrected for hidden positives (Chuang et al. 2020).
-
-    -mean_i log(exp s_ii / (exp s_ii + n_i g_i)), where n_i counts the negatives of row i and g_i is their mean of
-    exp s_ij, less `prior` times exp s_ii, over 1 - `prior`, and at least the smallest value that cosines can have,
-    exp(-1 / temperature). Shapes as in `infonce_loss`.
-    """
-    top = logits.detach().masked_fill(~_compared(negatives), float("-inf")).amax(1)  # taken out of every exponential
-    positive = (logits.diagonal() - top).exp()
-    count = negatives.sum(1)
-    mean = (logits - top[:, None]).masked_fill(~negatives, float("-inf")).exp().sum(1) / count.clamp(min=1)
-    corrected = ((mean - prior * positive) / (1.0 - prior)).maximum((-1.0 / temperature - top).exp())
-    return ((positive + count * corrected).log() - logits.diagonal() + top).mean()
-
-
-def _compared(negatives: Tensor) -> Tensor:
-    """(B, B) mask of the pairs that a row is compared with: its negatives and its positive, on the diagonal."""
-    return negatives | torch.eye(len(negatives), dtype=torch.bool, device=negatives.device)
-
-
-def _log_sum(logits: Tensor, chosen: Tensor) -> Tensor:
-    """logsumexp of the chosen elements of each row (B,); of none, a large negative number and no gradient."""
-    return logits.masked_fill(~chosen, torch.finfo(logits.dtype).min).logsumexp(1)
-
-
-def collision_free(features: Tensor, mask_collisions: bool = True) -> Tensor:
-    """(B, B) boolean mask of pairs that are negatives, given the teacher's features (B, D).
-
-    The diagonal is never one; with `mask_collisions` neither is a pair for which the teacher's argmax agrees.
-    """
-    classes = features.argmax(1) if mask_collisions else torch.arange(len(features), device=features.device)
-    return classes[:, None] != classes[None, :]
-
-
-def pooled(features: Tensor) -> Tensor:
-    """(B, C, ...) -> (B, C): mean over positions."""
-    return features.flatten(2).mean(2) if features.dim() > 2 else features
+def _place(rows: Tensor) -> Tensor:
+    """Where this process's `rows` (b,) come among those of all processes."""
+    return rank() * len(rows) + torch.arange(len(rows), device=rows.device)
 
 
 class Contrastive(Term):
-    """The contrastive term with the frozen-tail critic."""
+    """The contrastive term."""
 
     def __init__(self, config: ContrastiveConfig) -> None:
         super().__init__()
         self.config = config
-        self.rho = config.rho
+        self.rho, self.every = config.rho, config.every
+        self._bank: _Bank | None = None
+        self._bank_is_of: weakref.ref[Tensor] | None = None
 
     def forward(self, batch: UnitBatch) -> Tensor:
-        teacher = pooled(batch.teacher_features.float())  # (B, D)
-        student = pooled(batch.tail(batch.student_out).float())  # (B, D)
-        logits = similarities(student, teacher, self.config.temperature)  # (B, B)
-        negatives = collision_free(teacher, self.config.mask_collisions)
-        if self.config.two_sided:
-            return (self._loss(logits, negatives) + self._loss(logits.T, negatives.T)) / 2
-        return self._loss(logits, negatives)
+        bank, first = self._bank_of(batch), slice(self.config.images)
+        own = bank.offset + batch.rows  # (B,) rows of the bank
+        if self.config.negatives == "bank":
+            columns, place = torch.arange(len(bank.features), device=own.device), own
+        else:
+            columns = rows_of_all(own)  # the batches of all processes
+            place = _place(own)
+        teacher = bank.features[columns]  # (N, D)
+        place = place[first]  # (b,) the column of every row's own image
+        negatives = find_negatives(place, teacher, bank.outputs[columns], self.config.collisions, self.config.prior)
+        student = self._features(batch.student_out[first], batch.tail).float() - bank.mean  # (b, D)
+        loss = self._loss(self._similarity(student, teacher, bank), place, negatives)
+        if not self.config.two_sided:
+            return loss
+        # The other way round: the teacher's rows of this process against the students of all.
+        back = self._similarity(rows_of_all(student), teacher[place], bank).T  # (b, b of all)
+        return (loss + self._loss(back, _place(place), negatives[:, rows_of_all(place)])) / 2
 
-    def _loss(self, logits: Tensor, negatives: Tensor) -> Tensor:
+    def _similarity(self, student: Tensor, teacher: Tensor, bank: _Bank) -> Tensor:
+        if self.config.similarity == "gaussian":
+            return gaussian(student, teacher, self.config.temperature, bank.variance)
+        return cosine(student, teacher, self.config.temperature)
+
+    def _loss(self, logits: Tensor, own: Tensor, negatives: Tensor) -> Tensor:
+        positive = logits.gather(1, own[:, None])[:, 0]
         if self.config.loss == "debiased":
-            return debiased_loss(logits, negatives, self.config.prior, self.config.temperature)
-        return {"infonce": infonce_loss, "nce": nce_loss, "dcl": dcl_loss}[self.config.loss](logits, negatives)
+            lowest = -1.0 / self.config.temperature if self.config.similarity == "cosine" else float("-inf")
+            return debiased_loss(positive, logits, negatives, self.config.prior, lowest)
+        return {"infonce": infonce_loss, "nce": nce_loss, "dcl": dcl_loss}[self.config.loss](
+            positive, logits, negatives
+        )
+
+    def _features(self, x: Tensor, tail: Tail) -> Tensor:
+        """What is compared, of a unit's output (B, ...): (B, D)."""
+        if self.config.feature == "output":
+            return pooled(x)
+        if self.config.feature == "projection":
+            return projected(x.float())
+        return pooled(tail(x, self._tail_units(tail)))
+
+    def _tail_units(self, tail: Tail) -> int:
+        wanted = tail.length - (self.config.feature == "tail-features")
+        return max(0, wanted if self.config.tail_units is None else min(wanted, self.config.tail_units))
+
+    @torch.no_grad()
+    def _bank_of(self, batch: UnitBatch) -> _Bank:
+        """The teacher's side, computed once for each unit."""
+        side = batch.teacher_side
+        if self._bank is None or self._bank_is_of is None or self._bank_is_of() is not side.teacher_out:
+            device = batch.student_out.device
+            outputs = pooled(side.features.to(device).float())
+            if self.config.feature.startswith("tail") and self._tail_units(batch.tail) == batch.tail.length:
+                features = outputs
+            else:
+                parts = [self._features(x.to(device), batch.tail) for x in side.teacher_out.split(CHUNK)]
+                features = torch.cat(parts).float()
+            offset = first_row(len(features))
+            features, outputs = gather_rows(features), gather_rows(outputs)
+            mean = features.mean(0)
+            variance = (features - mean).square().sum(1).mean()
+            mean = mean if self.config.center else torch.zeros_like(mean)
+            self._bank = _Bank(features - mean, outputs, mean, variance, offset)
+            self._bank_is_of = weakref.ref(side.teacher_out)
+        return self._bank

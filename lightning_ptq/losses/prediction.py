@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_ptq.losses.base import Term, UnitBatch
-from lightning_ptq.losses.contrastive import pooled
+from lightning_ptq.losses.critic import pooled
 
 
 def prediction_loss(student: Tensor, teacher: Tensor) -> Tensor:
