@@ -51,6 +51,7 @@ from lightning_ptq.methods import (
     get_method,
 )
 from lightning_ptq.network import NETWORK, NetworkCache
+from lightning_ptq.optimizer import Adam
 from lightning_ptq.quantizers import DropMask, act_quantizers, forget_ranges, weight_quantizers
 from lightning_ptq.session import CachePolicy, Images, Session, World
 
@@ -240,7 +241,12 @@ class PTQModule(Evaluation):
             # A short memory: there are few steps, and a channel's gradient changes its size with them.
             {"params": corrections, "name": "corrections", "betas": (0.9, 0.99)},
         ]
-        return torch.optim.Adam([group for group in groups if group["params"]], lr=0.0, fused=True)
+        return Adam([group for group in groups if group["params"]], lr=0.0, fused=True)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Clear the gradients of what is trained: nothing else has any, and walking all of it takes time."""
+        for parameter in self._trained:
+            parameter.grad = None
 
     def unit_loader(self) -> UnitLoader:
         """The loader of calibration steps, which a datamodule returns as its train loader."""
@@ -414,23 +420,24 @@ class PTQModule(Evaluation):
         """Train and drop in `unit` only, or nowhere. The teacher, weights and other units never require gradients."""
         self.teacher.requires_grad_(False)
         self.student.requires_grad_(False)
+        self.zero_grad()
         for q in act_quantizers(self.student):
             q.drop = None
-        if unit is None:
-            return
+        trained: list[nn.Parameter] = [self.anchor]
         if unit == len(self.student):
-            for act in act_quantizers(self.student):
-                act.log_scale.requires_grad_(self.method.scales != "none")
             for weight in weight_quantizers(self.student):
-                weight.log_gain.requires_grad_(True)
-                weight.bias_shift.requires_grad_(True)
-            return
-        for act in act_quantizers(self.student.units[unit]):
-            act.log_scale.requires_grad_(self.method.scales != "none")
-            act.drop = self._drop
-        for weight in weight_quantizers(self.student.units[unit]):
-            if weight.alpha is not None:
-                weight.alpha.requires_grad_(True)
+                trained += [weight.log_gain, weight.bias_shift]
+        elif unit is not None:
+            trained += [q.alpha for q in weight_quantizers(self.student.units[unit]) if q.alpha is not None]
+        if unit is not None:
+            acts = act_quantizers(self.student if unit == len(self.student) else self.student.units[unit])
+            if self.method.scales != "none":
+                trained += [q.log_scale for q in acts]
+            for q in acts:
+                q.drop = self._drop if unit < len(self.student) else None
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        self._trained = trained
 
     def _unit_input(self, batch: Minibatch) -> Tensor:
         if self.method.input == "fp":

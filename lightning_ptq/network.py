@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ptq.cache import Minibatch, check_finite, run_chunked
+from lightning_ptq.cache import Minibatch, UnitCache, check_finite, run_chunked
 from lightning_ptq.calibration import JUDGE_IMAGES, UnitReport, report
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.losses.prediction import prediction_loss
@@ -38,11 +38,23 @@ class NetworkCache:
         images: this process's calibration images (N, C, H, W).
         device: where units run.
         on_device: keep the caches there too, else in host memory.
+        known: the head's cache, if it is at hand: it holds the teacher's side.
     """
 
-    def __init__(self, teacher: Chain, student: Chain, images: Tensor, device: torch.device, on_device: bool) -> None:
+    def __init__(
+        self,
+        teacher: Chain,
+        student: Chain,
+        images: Tensor,
+        device: torch.device,
+        on_device: bool,
+        known: UnitCache | None = None,
+    ) -> None:
         self.student, self.device = student, device
         self.images = images.to(device) if on_device else images
+        if known is not None:
+            self.teacher_out, self.features = known.teacher_in, known.features
+            return
         head = len(teacher) - 1
         self.teacher_out = run_chunked(lambda x: teacher(x, stop=head), self.images, device)
         self.features = run_chunked(teacher.units[head], self.teacher_out, device)
@@ -79,10 +91,10 @@ class NetworkStart:
     mse: float
 
     @classmethod
-    def of(cls, cache: NetworkCache, mean: Mean) -> NetworkStart:
-        """The student as it stands."""
+    def of(cls, cache: NetworkCache, out: Tensor, mean: Mean) -> NetworkStart:
+        """The student as it stands, whose output for the cache's images is `out`."""
         log_scales = [float(q.log_scale.detach()) for q in act_quantizers(cache.student)]
-        return cls(log_scales, *_errors(cache, cache.student_out(), mean))
+        return cls(log_scales, *_errors(cache, out, mean))
 
     def restore(self, student: Chain) -> None:
         """Put `student` back."""

@@ -15,12 +15,16 @@ from torch import Tensor, nn
 
 from lightning_ptq import functional as F
 
+# Every bit of a byte, as a column (8, 1).
+_BITS = (2 ** torch.arange(8)).to(torch.uint8)[:, None]
+
 
 class DropMask:
     """QDrop's random choice between quantized and float elements (Wei et al. 2022, section 4.2).
 
     Every draw comes from one generator that is re-seeded at the start of each step, so the masks are a pure function
-    of the seed and the order of calls. Probabilities are multiples of 1/256: one random byte decides an element.
+    of the seed and the order of calls. Probabilities are multiples of 1/256: one random byte decides an element, or one
+    bit where the probability is 1/2.
     """
 
     def __init__(self, probability: float) -> None:
@@ -38,11 +42,16 @@ class DropMask:
         if self.threshold == 0:
             return None
         n = x.numel()
-        words = torch.empty((n + 7) // 8, dtype=torch.int64, device=x.device)
-        words.random_(-(2**63), None, generator=self._generator)
-        bytes_ = words.view(torch.uint8)[:n].to(torch.float32)
+        if self.threshold == 128:
+            bits = (self._bytes(-(-n // 8), x.device) & _BITS.to(x.device)).flatten()[:n]  # 0 or a power of two each
+            return bits.to(torch.float32).clamp_(max=1.0).view(x.shape)
         # 1 from the threshold on and 0 below it; arithmetic, since comparing costs more on the CPU.
-        return bytes_.sub_(self.threshold - 1).clamp_(0.0, 1.0).view(x.shape)
+        return self._bytes(n, x.device).to(torch.float32).sub_(self.threshold - 1).clamp_(0.0, 1.0).view(x.shape)
+
+    def _bytes(self, n: int, device: torch.device) -> Tensor:
+        """`n` random bytes."""
+        words = torch.empty(-(-n // 8), dtype=torch.int64, device=device)
+        return words.random_(-(2**63), None, generator=self._generator).view(torch.uint8)[:n]
 
 
 class ActQuantizer(nn.Module):

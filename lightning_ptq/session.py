@@ -132,11 +132,14 @@ class Session:
             cache.advance(cache.student_out() if out is None else out)
 
     def _enter_network(self, data: Images, world: World) -> None:
-        self.cache = self._student_out = None  # the units' caches go first
+        # What the head's epoch has left; none where a fit is resumed behind it.
+        head, out = self.cache, self._student_out
+        self.cache = self._student_out = None
+        assert not isinstance(head, NetworkCache)
         images, on_device = self._checked_images(data, world)
-        self.cache = NetworkCache(self.teacher, self.student, images, world.device, on_device)
+        self.cache = cache = NetworkCache(self.teacher, self.student, images, world.device, on_device, head)
         if self._network_start is None:
-            self._network_start = NetworkStart.of(self.cache, world.mean)
+            self._network_start = NetworkStart.of(cache, cache.student_out() if out is None else out, world.mean)
 
     def finish(self, unit: int) -> UnitReport | None:
         """Judge the unit whose steps are done; its report, or None if it was judged before."""
