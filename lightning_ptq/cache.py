@@ -22,7 +22,8 @@ CHUNK = 64
 def run_chunked(function: Callable[[Tensor], Tensor], x: Tensor, device: torch.device) -> Tensor:
     """`function` over all images of `x` (N, ...), CHUNK at a time on `device`; the result lies where `x` lies.
 
-    Runs under `no_grad`, not `inference_mode`: calibration takes gradients through operations on the result.
+    Its memory is laid out as that of the parts. Runs under `no_grad`, not `inference_mode`: calibration takes gradients
+    through operations on the result.
     """
     result: Tensor | None = None
     with torch.no_grad():
@@ -30,9 +31,23 @@ def run_chunked(function: Callable[[Tensor], Tensor], x: Tensor, device: torch.d
             part = function(x[start : start + CHUNK].to(device, non_blocking=True))
             if result is None:
                 result = torch.empty((len(x), *part.shape[1:]), dtype=part.dtype, device=x.device)
+                if is_channels_last(part):
+                    result = result.to(memory_format=torch.channels_last)
             result[start : start + CHUNK] = part
     assert result is not None
     return result
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether `x` lies in memory with its channels last, and not as usual."""
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` (B,) of `x` (N, ...), laid out as `x` is."""
+    if is_channels_last(x):  # index_select alone would copy each row element by element
+        return x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+    return x.index_select(0, index)
 
 
 class Minibatch(NamedTuple):
@@ -70,7 +85,7 @@ class UnitCache:
     def minibatch(self, index: Tensor) -> Minibatch:
         """Rows `index` (B,) of the caches."""
         index = index.to(self.teacher_in.device)
-        parts = (t.index_select(0, index) for t in (self.student_in, self.teacher_in, self.teacher_out, self.features))
+        parts = (take(t, index) for t in (self.student_in, self.teacher_in, self.teacher_out, self.features))
         return Minibatch(*(part.to(self.device, non_blocking=True) for part in (*parts, index)))
 
     def student_out(self, count: int | None = None) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor, nn
 
 from lightning_ptq.errors import PTQError
@@ -36,8 +35,7 @@ class Evaluation(L.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Teacher, round-to-nearest and student on one batch of images, with or without labels."""
         images, labels = _images_and_labels(batch)
-        if images.dim() == 4:
-            images = images.contiguous(memory_format=torch.channels_last)  # convolutions on the CPU: a fifth faster
+        images = self.teacher.laid_out(images)
         predictions = {"teacher": classes(self.teacher(images)), "student": classes(self.student(images))}
         with initial_ranges(self.student):
             predictions["nearest"] = classes(self.student(images))

@@ -106,13 +106,24 @@ class _FakeQuantize(torch.autograd.Function):
         grad_log_scale = None
         if ctx.needs_input_grad[1]:
             factor = (x.numel() * max(-ctx.low, ctx.high)) ** -0.5
-            grad_log_scale = (_dot(grad, y) - _dot(grad_x, x)) * factor
+            grad_log_scale = (dot(grad, y) - dot(grad_x, x)) * factor
         return grad_x, grad_log_scale, None, None, None
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """sum(a * b) without a temporary of their size."""
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """sum(a * b) without a temporary of their size if both are laid out alike and without gaps."""
+    if is_dense(a) and a.stride() == b.stride():
+        return torch.dot(_in_memory_order(a), _in_memory_order(b))
     return torch.dot(a.flatten(), b.flatten())
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements of `x` fill their memory in one of the two usual layouts."""
+    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _in_memory_order(x: Tensor) -> Tensor:
+    return x.as_strided((x.numel(),), (1,))
 
 
 def rectified_sigmoid(alpha: Tensor) -> Tensor:
@@ -155,7 +166,7 @@ class _Undecided(torch.autograd.Function):
         power = magnitude.pow(beta - 1.0)
         ctx.save_for_backward(u, power)
         ctx.beta = beta
-        return h.numel() - _dot(power, magnitude)
+        return h.numel() - dot(power, magnitude)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

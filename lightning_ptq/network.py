@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ptq.cache import Minibatch, UnitCache, check_finite, run_chunked
+from lightning_ptq.cache import Minibatch, UnitCache, check_finite, run_chunked, take
 from lightning_ptq.calibration import JUDGE_IMAGES, UnitReport, report
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.losses.prediction import prediction_loss
@@ -67,8 +67,7 @@ class NetworkCache:
         """Rows `index` (B,) of the caches; the unit's output is the input of the head."""
         index = index.to(self.images.device)
         images, teacher_out, features = (
-            t.index_select(0, index).to(self.device, non_blocking=True)
-            for t in (self.images, self.teacher_out, self.features)
+            take(t, index).to(self.device, non_blocking=True) for t in (self.images, self.teacher_out, self.features)
         )
         return Minibatch(images, images, teacher_out, features, index.to(self.device))
 

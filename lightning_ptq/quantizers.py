@@ -44,14 +44,19 @@ class DropMask:
         n = x.numel()
         if self.threshold == 128:
             bits = (self._bytes(-(-n // 8), x.device) & _BITS.to(x.device)).flatten()[:n]  # 0 or a power of two each
-            return bits.to(torch.float32).clamp_(max=1.0).view(x.shape)
+            return _laid_out_as(bits.to(torch.float32).clamp_(max=1.0), x)
         # 1 from the threshold on and 0 below it; arithmetic, since comparing costs more on the CPU.
-        return self._bytes(n, x.device).to(torch.float32).sub_(self.threshold - 1).clamp_(0.0, 1.0).view(x.shape)
+        return _laid_out_as(self._bytes(n, x.device).to(torch.float32).sub_(self.threshold - 1).clamp_(0.0, 1.0), x)
 
     def _bytes(self, n: int, device: torch.device) -> Tensor:
         """`n` random bytes."""
         words = torch.empty(-(-n // 8), dtype=torch.int64, device=device)
         return words.random_(-(2**63), None, generator=self._generator).view(torch.uint8)[:n]
+
+
+def _laid_out_as(flat: Tensor, x: Tensor) -> Tensor:
+    """`flat` (numel,) in the shape of `x`, and in its memory layout: operations on both are then one plain pass."""
+    return flat.as_strided(x.shape, x.stride()) if F.is_dense(x) else flat.view(x.shape)
 
 
 class ActQuantizer(nn.Module):

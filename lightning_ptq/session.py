@@ -179,6 +179,7 @@ class Session:
                 "the checkpoint was calibrated on other images. Give the same data, calibration_samples and seed."
             )
         self.image_digest, self.image_count = digest, int(counts.sum())
+        images = self.teacher.laid_out(images)
         self._images = images if data.again else None
         self._on_device = data.policy == "device" or (
             data.policy == "auto" and fits_on_device(self.teacher, images, world.device)

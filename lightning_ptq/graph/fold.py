@@ -29,6 +29,7 @@ def normalise(gm: fx.GraphModule) -> None:
     """Rewrite `gm` so that a unit can run on a cached tensor and every layer call has a module of its own."""
     remove_no_ops(gm)  # first: their outputs are the same tensor as their inputs, which in-place operations overwrite
     remove_in_place(gm)
+    free_layout(gm)
     gm.graph.eliminate_dead_code()
     untie(gm)
     gm.recompile()
@@ -47,6 +48,15 @@ def remove_in_place(gm: fx.GraphModule) -> None:
     for module in gm.modules():
         if getattr(module, "inplace", None) is True:
             module.inplace = False  # type: ignore[assignment]
+
+
+def free_layout(gm: fx.GraphModule) -> None:
+    """Replace `view`, which refuses tensors whose memory is laid out another way, by `reshape`, which does not."""
+    for node in gm.graph.nodes:
+        shape = node.args[1] if len(node.args) > 1 else node.kwargs.get("size")
+        if node.op == "call_method" and node.target == "view" and not isinstance(shape, torch.dtype | None):
+            node.target = "reshape"
+            node.kwargs = {"shape" if key == "size" else key: value for key, value in node.kwargs.items()}
 
 
 def make_out_of_place(gm: fx.GraphModule, node: fx.Node) -> bool:

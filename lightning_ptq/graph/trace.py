@@ -133,6 +133,11 @@ def check_leaf_modules(model: nn.Module, patterns: Sequence[str]) -> None:
             )
 
 
+def known_throughout(gm: fx.GraphModule) -> bool:
+    """Whether every operation is torch's own; what users keep whole or wrap may do anything with a tensor."""
+    return "opaque" not in node_kinds(gm).values()
+
+
 def check_output(model: nn.Module, gm: fx.GraphModule) -> None:
     """Raise `PTQError` if the model returns something that is known not to be one tensor."""
     output = gm.graph.output_node().args[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from lightning_ptq.graph.taps import Tap
@@ -16,12 +17,14 @@ class Chain(nn.Module):
     Attributes:
         units: the units, graph modules whose submodules keep the qualified names of the original model.
         names: one unique, readable name for each unit.
+        any_layout: whether no unit minds how its input is laid out in memory.
 
     Shape: input of unit `start` -> output of unit `stop - 1`.
     """
 
-    def __init__(self, units: Sequence[fx.GraphModule], names: Sequence[str]) -> None:
+    def __init__(self, units: Sequence[fx.GraphModule], names: Sequence[str], any_layout: bool = False) -> None:
         super().__init__()
+        self.any_layout = any_layout
         self.units = nn.ModuleList(units)
         self.names = tuple(names)
 
@@ -33,6 +36,12 @@ class Chain(nn.Module):
 
     def __len__(self) -> int:
         return len(self.units)
+
+    def laid_out(self, images: Tensor) -> Tensor:
+        """`images` (N, C, H, W) in the layout in which this network is fastest: on the CPU, channels last."""
+        if self.any_layout and images.dim() == 4 and images.device.type == "cpu":
+            return images.contiguous(memory_format=torch.channels_last)
+        return images
 
 
 def unit_names(layers: Sequence[Sequence[str]]) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ GRID, PROJECTED = 4, 128
 
 def pooled(x: Tensor) -> Tensor:
     """(B, C, ...) -> (B, C): mean over positions."""
-    return x.flatten(2).mean(2) if x.dim() > 2 else x
+    return x.mean(tuple(range(2, x.dim()))) if x.dim() > 2 else x
 
 
 def projected(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from lightning_ptq.functional import dot
 from lightning_ptq.losses.base import Term, UnitBatch
 
 
@@ -35,7 +36,7 @@ class _WeightedError(torch.autograd.Function):
         weighted = error * weights
         ctx.save_for_backward(weighted)
         ctx.count = student.numel() // student.shape[1]
-        return torch.dot(error.flatten(), weighted.flatten()).div_(ctx.count)
+        return dot(error, weighted).div_(ctx.count)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
