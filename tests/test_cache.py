@@ -4,15 +4,17 @@ import pytest
 import torch
 
 from lightning_ptq import PTQError
-from lightning_ptq.cache import UnitCache, mixed_seed, run_chunked
+from lightning_ptq.cache import UnitCache, is_channels_last, mixed_seed, run_chunked
 from lightning_ptq.calibration import estimate_ranges
 from tests.helpers import tiny_images, tiny_module
 
 CPU = torch.device("cpu")
 
 
-def test_every_cache_is_what_the_chain_gives() -> None:
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_every_cache_is_what_the_chain_gives(channels_last: bool) -> None:
     module, images = tiny_module(), tiny_images(70)  # more than one chunk, and a rest
+    images = module.teacher.laid_out(images) if channels_last else images
     estimate_ranges(module.student, images, module.quant, CPU, lambda t: t[None])
     cache = UnitCache(module.teacher, module.student, images, CPU, on_device=True)
     with torch.no_grad():
@@ -25,6 +27,8 @@ def test_every_cache_is_what_the_chain_gives() -> None:
             batch = cache.minibatch(rows)
             assert torch.equal(batch.student_in, cache.student_in[rows])
             assert torch.equal(batch.teacher_out, cache.teacher_out[rows])
+            for x in (cache.student_in, cache.teacher_in, batch.student_in, batch.teacher_in):
+                assert is_channels_last(x) == channels_last
             if unit + 1 < len(module.student):
                 cache.advance(cache.student_out())
 

@@ -91,3 +91,24 @@ def test_rounding_functions_have_the_gradients_of_their_formulas() -> None:
 def test_decided_rounding_costs_nothing() -> None:
     assert float(F.undecided(F.rectified_sigmoid(torch.tensor([-20.0, 20.0])), 2.0)) == 0.0
     assert float(F.undecided(F.rectified_sigmoid(torch.zeros(3)), 7.0)) == pytest.approx(3.0)
+
+
+def test_dot_is_the_sum_of_products_in_any_layout() -> None:
+    a, b = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    last = torch.channels_last
+    pairs = [(a, b), (a.to(memory_format=last), b.to(memory_format=last)), (a, b.to(memory_format=last))]
+    pairs += [(a[:, ::2], b[:, ::2]), (a.to(memory_format=last)[..., 1:], b.to(memory_format=last)[..., 1:])]
+    for x, y in pairs:
+        torch.testing.assert_close(F.dot(x, y), (x * y).sum())
+
+
+def test_fake_quantize_is_the_same_in_every_layout() -> None:
+    x, grad, log_scale = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5), torch.tensor(-1.0, requires_grad=True)
+    keep = torch.randint(0, 2, x.shape).float()
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        copy = x.to(memory_format=layout, copy=True).requires_grad_()
+        y = F.fake_quantize(copy, log_scale, -1.0, 2.0, keep.to(memory_format=layout))
+        results.append((y, *torch.autograd.grad(y, [copy, log_scale], grad)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)

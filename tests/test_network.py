@@ -100,8 +100,8 @@ def test_contrastive_joins_and_is_balanced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "steps"),
     [
-        ({}, 20),
-        ({"steps_per_unit": 3}, 2),
+        ({}, 10),
+        ({"steps_per_unit": 3}, 1),
         ({"network_steps": 7}, 7),
         ({"network_steps": 0}, 0),
         ({"method": "nearest"}, 0),
@@ -122,7 +122,7 @@ def test_number_of_steps(changes: dict[str, Any], steps: int) -> None:
 def test_a_trainer_that_it_does_not_fit_is_refused_before_any_work(
     tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
-    module = tiny_module(steps_per_unit=4)
+    module = tiny_module(steps_per_unit=4, network_steps=2)
     with pytest.raises(PTQError, match=message):
         trainer(tmp_path, **settings).fit(module, datamodule=tiny_data())
     assert not module.reports

@@ -91,6 +91,26 @@ def test_drop_probability(probability: float) -> None:
         assert abs(float(keep.float().mean()) - (1 - probability)) < 5 * 0.5 / 100_000**0.5 + 1 / 512
 
 
+@pytest.mark.parametrize("probability", [0.25, 0.5])
+@pytest.mark.parametrize("shape", [(3, 5, 7, 2), (13,), (4, 1, 3, 3)])
+def test_masks_lie_in_memory_as_their_tensor_does(probability: float, shape: tuple[int, ...]) -> None:
+    x = torch.empty(shape)
+    layouts = (
+        [x, x.to(memory_format=torch.channels_last), x[:, 1:3], x.transpose(1, 2)] if x.dim() == 4 else [x, x[::2]]
+    )
+    for y in layouts:
+        mask = DropMask(probability)
+        mask.seed(0, y.device)
+        keep = mask.keep(y)
+        assert keep.shape == y.shape
+        assert set(keep.unique().tolist()) <= {0.0, 1.0}
+        if y.is_contiguous() or y.is_contiguous(memory_format=torch.channels_last):
+            assert keep.stride() == y.stride()
+            mask.seed(0, y.device)
+            flat = mask.keep(torch.empty(y.numel()))
+            assert torch.equal(keep.as_strided(flat.shape, (1,)), flat)
+
+
 def test_every_bit_of_the_random_words_is_used() -> None:
     mask = DropMask(0.5)
     mask.seed(0, torch.device("cpu"))

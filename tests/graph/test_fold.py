@@ -124,3 +124,56 @@ def test_a_shared_layer_is_untied_so_that_each_call_has_its_own_quantizer_and_no
     first, second = pair.student.units[0].conv, pair.student.units[1].conv_1
     assert not torch.equal(first.weight, second.weight)  # each has its own norm in it
     assert pair.floats == ()
+
+
+class Flattens(nn.Module):
+    """As many write it: `view` takes only what lies in memory one way."""
+
+    def __init__(self, whole: bool = False):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(144, 5)
+        self.flat = Flat() if whole else nn.Identity()
+        self.whole = whole
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x))
+        x = self.flat(x) if self.whole else x.view(x.size(0), -1).view(size=(-1, 144))
+        return self.fc(x)
+
+
+class Flat(nn.Module):
+    def forward(self, x):
+        return x.view(len(x), -1)
+
+
+def test_view_becomes_reshape_so_that_any_layout_will_do():
+    model, x = Flattens().eval(), torch.randn(2, 3, 8, 8)
+    teacher = build_chain(model, QuantConfig(), "block").teacher
+    assert teacher.any_layout
+    last = teacher.laid_out(x)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert not last.is_contiguous()
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        model(last)
+    torch.testing.assert_close(teacher(last), model(x))
+
+
+def test_what_is_kept_whole_gets_the_usual_layout():
+    x = torch.randn(2, 3, 8, 8)
+    model = Flattens(whole=True).eval()
+    teacher = build_chain(model, QuantConfig(), "block", leaf_modules=["flat"]).teacher
+    assert not teacher.any_layout
+    torch.testing.assert_close(teacher(teacher.laid_out(x)), model(x))
+
+
+def test_a_view_as_another_type_stays():
+    class Bits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(x.view(torch.int32).view(torch.float32))
+
+    model, x = Bits().eval(), torch.randn(2, 4)
+    torch.testing.assert_close(build_chain(model, QuantConfig(), "block").teacher(x), model(x))

@@ -88,3 +88,13 @@ def test_importance_weighs_each_channel_s_squared_error(shape: tuple[int, ...]) 
     torch.testing.assert_close(
         reconstruction_loss(student, teacher, torch.ones(6)), reconstruction_loss(student, teacher)
     )
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_gradient_of_the_weighted_error_is_that_of_its_formula(layout: torch.memory_format) -> None:
+    student, teacher, importance = torch.randn(2, 6, 3, 4), torch.randn(2, 6, 3, 4), torch.rand(6)
+    copy = student.to(memory_format=layout, copy=True).requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        3.0 * reconstruction_loss(copy, teacher.to(memory_format=layout), importance), copy
+    )
+    torch.testing.assert_close(gradient, 6.0 * (student - teacher) * importance.view(-1, 1, 1) / 24)
