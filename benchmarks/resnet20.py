@@ -28,20 +28,22 @@ from benchmarks.common import DEFAULT_ROOT, commit, seconds_of_forward, trained_
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "bits": [{"bits": bits} for bits in ("w4a4", "w3a3", "w2a4", "w2a2")],
     # As their papers have them: unit by unit, without the whole-network epoch.
-    "units": [{"bits": bits, "network": False} for bits in ("w4a4", "w3a3", "w2a4", "w2a2")],
+    "units": [{"bits": bits, "network_steps": 0} for bits in ("w4a4", "w3a3", "w2a4", "w2a2")],
     "methods": [
-        {"bits": "w2a4", "method": method, "network": False} for method in ("nearest", "adaround", "brecq", "qdrop")
+        {"bits": "w2a4", "method": method, "network_steps": 0} for method in ("nearest", "adaround", "brecq", "qdrop")
     ],
     "steps": [{"bits": "w2a2", "steps": steps} for steps in (100, 250, 500, 1000, 2000)],
     "contrastive": [{"bits": "w2a2", "contrastive": on} for on in (False, True)],
-    "time": [{"bits": "w2a2", "network": network} for network in (False, True)],
+    # Half as many steps of the last epoch as by default.
+    "short": [{"bits": bits, "network_steps": 125} for bits in ("w4a4", "w3a3", "w2a4", "w2a2")],
+    "time": [{"bits": "w2a2", "network_steps": steps} for steps in (0, 250)],
 }
 DEFAULTS = {
     "bits": "w2a2",
     "method": "qdrop",
     "contrastive": False,
     "steps": 500,
-    "network": True,
+    "network_steps": None,  # half of `steps`, as is the library's default
     "samples": 1024,
     "seed": 0,
 }
@@ -73,7 +75,7 @@ def run_one(settings: dict[str, Any], root: Path, threads: int) -> dict[str, Any
         settings["method"],
         contrastive=settings["contrastive"],
         steps_per_unit=settings["steps"],
-        network_steps=None if settings["network"] else 0,
+        network_steps=settings["network_steps"],
         seed=settings["seed"],
     )
     data = ptq.ImageFolderData(
@@ -99,6 +101,13 @@ def run_one(settings: dict[str, Any], root: Path, threads: int) -> dict[str, Any
         "threads": threads,
         "commit": commit(),
     }
+
+
+def resolved(settings: dict[str, Any]) -> dict[str, Any]:
+    """All settings of a run, with the number of whole-network steps spelt out."""
+    settings = DEFAULTS | settings
+    steps = settings["network_steps"]
+    return settings | {"network_steps": settings["steps"] // 2 if steps is None else steps}
 
 
 def in_process(arguments: list[str], root: Path, threads: int) -> Any:
@@ -141,7 +150,7 @@ def print_table(rows: list[dict[str, str]], grid: list[dict[str, Any]], with_tim
     print(f"\n| bits | method | steps | nearest | calibrated top-1 | agreement |{time_columns} n |")
     print("|---|---|---|---|---|---|" + "---|" * (5 if with_time else 1))
     for point in grid:
-        settings = DEFAULTS | point
+        settings = resolved(point)
         found = [row for row in rows if all(row[key] == str(settings[key]) for key in DEFAULTS if key != "seed")]
         if with_time:
             found = [row for row in found if row["f_before"]]  # older rows have none
@@ -162,7 +171,7 @@ def print_table(rows: list[dict[str, str]], grid: list[dict[str, Any]], with_tim
             timed = f" {median(walls):.0f} | {ratios[0]:.0f} | {ratios[1]:.0f} "
             timed += f"| {max(column('peak_rss_mib')):.0f} MiB |"
         method = settings["method"] + (" + contrastive" if settings["contrastive"] else "")
-        method += " + whole network" if settings["network"] else ""
+        method += f" + whole network, {settings['network_steps']}" if settings["network_steps"] else ""
         print(
             f"| {settings['bits'].upper()} | {method} | {settings['steps']} "
             f"| {spread('nearest_top1')} | {spread('student_top1')} | {spread('teacher_agreement')} "
@@ -183,7 +192,7 @@ def main() -> None:
         print(json.dumps(run_one(json.loads(args.one), args.root, args.threads)))
         return
     for name in args.grid:
-        wanted = [DEFAULTS | point | {"seed": seed} for point in GRIDS[name] for seed in args.seeds]
+        wanted = [resolved(point | {"seed": seed}) for point in GRIDS[name] for seed in args.seeds]
         rows = run_missing(wanted, args.out, args.root, args.threads)
         print_table(rows, GRIDS[name], with_time=name == "time")
 

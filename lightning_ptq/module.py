@@ -67,7 +67,7 @@ class PTQModule(Evaluation):
         critic: how that term is computed.
         steps_per_unit: optimisation steps for each unit.
         network_steps: optimisation steps of the last epoch, which calibrates the whole network (see `network.py`); 0
-            leaves it out, None takes a quarter of `steps_per_unit`.
+            leaves it out, None takes half of `steps_per_unit`.
         batch_size: calibration images for each step, on each process.
         rounding_lr: learning rate of the weights' rounding; None follows `steps_per_unit`.
         scale_lr: learning rate of the logarithm of activation scales; None follows `steps_per_unit`.
@@ -152,7 +152,7 @@ class PTQModule(Evaluation):
         # Nothing lies before the head of a single unit.
         self.network_steps = 0
         if self.method.learns and len(self.student) > 1:
-            self.network_steps = -(-self.steps_per_unit // 4) if network_steps is None else network_steps
+            self.network_steps = -(-self.steps_per_unit // 2) if network_steps is None else network_steps
         elif network_steps and self.method.learns:
             raise PTQError(
                 f"network_steps={network_steps} needs two units or more, but granularity="
