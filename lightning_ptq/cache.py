@@ -30,9 +30,9 @@ def run_chunked(function: Callable[[Tensor], Tensor], x: Tensor, device: torch.d
         for start in range(0, len(x), CHUNK):
             part = function(x[start : start + CHUNK].to(device, non_blocking=True))
             if result is None:
-                result = torch.empty((len(x), *part.shape[1:]), dtype=part.dtype, device=x.device)
-                if is_channels_last(part):
-                    result = result.to(memory_format=torch.channels_last)
+                layout = torch.channels_last if is_channels_last(part) else torch.contiguous_format
+                shape = (len(x), *part.shape[1:])
+                result = torch.empty(shape, dtype=part.dtype, device=x.device, memory_format=layout)
             result[start : start + CHUNK] = part
     assert result is not None
     return result

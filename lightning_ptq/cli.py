@@ -125,6 +125,10 @@ class SaveRunConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, "fit")
 
 
+# Words that Lightning takes in place of a checkpoint's path.
+_FOUND_BY_LIGHTNING = ("best", "last", "hpc", "registry")
+
+
 class PTQCLI(LightningCLI):
     """LightningCLI with the subcommand `plan`."""
 
@@ -134,7 +138,12 @@ class PTQCLI(LightningCLI):
         return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}}
 
     def before_instantiate_classes(self) -> None:
-        """`plan` looks at shapes only: it must not download or read weights."""
+        """`plan` looks at shapes only: it must not download or read weights. The others' checkpoint has to be there."""
+        path = self.config[self.subcommand].get("ckpt_path")
+        if path and "://" not in path and path.split(":")[0] not in _FOUND_BY_LIGHTNING and not Path(path).is_file():
+            raise PTQError(
+                f"ckpt_path={path!r} is no file, seen from {str(Path.cwd())!r}. A run leaves RUN/checkpoints/last.ckpt."
+            )
         if self.subcommand == "plan":
             self.config.plan.model.weights = None
 

@@ -13,7 +13,7 @@ UnitInput = Literal["fp", "quant", "mix"]
 Rounding = Literal["nearest", "adaround"]
 ScaleLearning = Literal["none", "joint", "after"]
 Weighting = Literal["equal", "fisher"]
-MethodName = Literal["nearest", "adaround", "brecq", "qdrop"]
+MethodName = Literal["nearest", "adaround", "brecq", "qdrop", "pdquant"]
 
 # Share of a unit's steps after which "after" starts to learn scales: BRECQ gives 20k steps to rounding, 5k to scales.
 _AFTER = 0.8
@@ -38,6 +38,8 @@ class Method:
             of the unit.
         weighting: the channels of a unit's output count alike in the reconstruction loss ("equal"), or by how much
             the network's output depends on them ("fisher", see `importance.py`).
+        prediction: gradient of the prediction difference (PD-Quant) at the unit's output, relative to that of the
+            reconstruction; 0 leaves the term out.
 
     Raises:
         PTQError: an unknown option or a probability outside [0, 1).
@@ -49,6 +51,7 @@ class Method:
     scales: ScaleLearning = "none"
     drop: float = 0.0
     weighting: Weighting = "equal"
+    prediction: float = 0.0
 
     def __post_init__(self) -> None:
         check_option(self.granularity, get_args(Granularity), "granularity")
@@ -58,6 +61,8 @@ class Method:
         check_option(self.weighting, get_args(Weighting), "weighting")
         if not 0.0 <= self.drop < 1.0:
             raise PTQError(f"drop={self.drop} is no probability below 1. Use 0.5 as QDrop does, or 0 to switch it off.")
+        if not self.prediction >= 0.0:
+            raise PTQError(f"prediction={self.prediction} must not be negative. Use 0 to leave the term out.")
         if self.input == "mix" and self.drop == 0.0:
             raise PTQError("input='mix' with drop=0 mixes nothing. Set drop=0.5, or use input='quant'.")
 
@@ -86,6 +91,7 @@ METHODS: dict[str, Method] = {
     "adaround": Method(granularity="layer", rounding="adaround"),
     "brecq": Method(rounding="adaround", scales="after", weighting="fisher"),
     "qdrop": Method(input="mix", rounding="adaround", scales="joint", drop=0.5, weighting="fisher"),
+    "pdquant": Method(input="mix", rounding="adaround", scales="joint", drop=0.5, weighting="fisher", prediction=0.1),
 }
 
 
@@ -98,6 +104,7 @@ def get_method(
     scales: ScaleLearning | None = None,
     drop: float | None = None,
     weighting: Weighting | None = None,
+    prediction: float | None = None,
 ) -> Method:
     """The preset called `name`, with the coordinates that are given replaced.
 
@@ -112,6 +119,7 @@ def get_method(
         "scales": scales,
         "drop": drop,
         "weighting": weighting,
+        "prediction": prediction,
     }
     return replace(METHODS[name], **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
 

@@ -33,6 +33,7 @@ from lightning_ptq.losses import (
     Features,
     Objective,
     Prediction,
+    PredictionDifference,
     Reconstruction,
     RoundingRegularizer,
     Tail,
@@ -62,7 +63,7 @@ class PTQModule(Evaluation):
     Args:
         model: the trained network, in eval mode; one image tensor (N, C, H, W) in, one tensor out. It is not changed.
         quant: what to quantize to how many bits.
-        method: preset "nearest", "adaround", "brecq" or "qdrop" (see `methods.py`).
+        method: preset "nearest", "adaround", "brecq", "qdrop" or "pdquant" (see `methods.py`).
         contrastive: add the contrastive term of CL-Calib to the method's loss.
         critic: how that term is computed.
         steps_per_unit: optimisation steps for each unit.
@@ -73,7 +74,8 @@ class PTQModule(Evaluation):
         scale_lr: learning rate of the logarithm of activation scales; None follows `steps_per_unit`.
         network_lr: learning rate of the last epoch; None follows `network_steps`.
         rounding_weight: weight of AdaRound's regulariser.
-        granularity, input, rounding, scales, drop, weighting: coordinates of the method that differ from the preset.
+        granularity, input, rounding, scales, drop, weighting, prediction: coordinates of the method that differ from
+            the preset.
         leaf_modules: name patterns of modules that are not traced and stay in floating point.
         terms: further loss terms of units by name; they do not join the last epoch.
         cache: where activations are kept: on the "device", on the "host", or "auto": on the device if they fit.
@@ -104,6 +106,7 @@ class PTQModule(Evaluation):
         scales: ScaleLearning | None = None,
         drop: float | None = None,
         weighting: Weighting | None = None,
+        prediction: float | None = None,
         leaf_modules: Sequence[str] = (),
         terms: dict[str, Term] | None = None,
         cache: CachePolicy = "auto",
@@ -126,6 +129,7 @@ class PTQModule(Evaluation):
             scales=scales,
             drop=drop,
             weighting=weighting,
+            prediction=prediction,
         )
         chains = build_chain(
             model, quant, coordinates.granularity, rounding=coordinates.rounding, leaf_modules=leaf_modules
@@ -146,6 +150,8 @@ class PTQModule(Evaluation):
         objective: dict[str, Term] = {"reconstruction": Reconstruction()}
         if self.method.rounding == "adaround":
             objective["rounding"] = RoundingRegularizer(rounding_weight)
+        if self.method.prediction:
+            objective["prediction"] = PredictionDifference(self.method.prediction)
         if contrastive:
             objective["contrastive"] = Contrastive(critic)
         self.objective = Objective(objective | (terms or {}), len(self.student))
@@ -492,6 +498,7 @@ class PTQModule(Evaluation):
             "scales": self.method.scales,
             "drop": self.method.drop,
             "weighting": self.method.weighting,
+            "prediction": self.method.prediction,
             "contrastive": self.contrastive,
             "steps_per_unit": self.steps_per_unit,
             "network_steps": self.network_steps,

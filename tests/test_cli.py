@@ -270,7 +270,7 @@ def test_a_wrong_setting_is_named(tmp_path: Path, option: str, message: str) -> 
 @pytest.mark.parametrize(
     ("option", "rule"),
     [
-        ("--model.method=magic", "'nearest', 'adaround', 'brecq', 'qdrop'"),
+        ("--model.method=magic", "'nearest', 'adaround', 'brecq', 'qdrop', 'pdquant'"),
         ("--model.quant.weight_bits=four", "int"),
         ("--model.quant.edges=16bit", "'8bit', 'same'"),
         ("--model.cache=disk", "'auto', 'device', 'host'"),
@@ -349,3 +349,9 @@ def test_weights_that_cannot_be_downloaded_are_named(tmp_path: Path, monkeypatch
     monkeypatch.setattr(torchvision.models, "get_model", offline)
     with pytest.raises(PTQError, match=r"'IMAGENET1K_V1' of 'resnet18' can't be downloaded: .*no network"):
         small_fit(IMAGENET[0], tmp_path)
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_a_checkpoint_that_is_not_there_is_named_before_anything_is_built(command: str) -> None:
+    with pytest.raises(PTQError, match=r"ckpt_path='gone/last\.ckpt' is no file, seen from"):
+        main([command, "--config", "configs/quickstart.yaml", "--ckpt_path", "gone/last.ckpt"])

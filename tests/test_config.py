@@ -1,5 +1,7 @@
 """Settings are refused where they are made, with the value, the rule and the way out."""
 
+from dataclasses import replace
+
 import pytest
 
 from lightning_ptq import ContrastiveConfig, Method, PTQError, QuantConfig
@@ -51,6 +53,7 @@ def test_presets_are_points_and_coordinates_replace_theirs() -> None:
     assert METHODS["adaround"].scales == "none"
     assert METHODS["brecq"].scales == "after"
     assert METHODS["qdrop"] == Method("block", "mix", "adaround", "joint", 0.5, "fisher")
+    assert METHODS["pdquant"] == replace(METHODS["qdrop"], prediction=0.1)
     assert not METHODS["nearest"].learns
     assert get_method("qdrop", granularity="net", drop=0.25) == Method(
         "net", "mix", "adaround", "joint", 0.25, "fisher"
@@ -64,6 +67,8 @@ def test_unknown_presets_and_coordinates_are_refused() -> None:
         get_method("qdrop", granularity="pixel")
     with pytest.raises(PTQError, match=r"drop=1\.0"):
         get_method("qdrop", drop=1.0)
+    with pytest.raises(PTQError, match=r"prediction=-1\.0"):
+        get_method("qdrop", prediction=-1.0)
     with pytest.raises(PTQError, match="mixes nothing"):
         get_method("qdrop", drop=0.0)
     with pytest.raises(PTQError, match="temperature=0"):

@@ -2,7 +2,7 @@
 
 from lightning_ptq.losses.base import Objective, Tail, Term, UnitBatch
 from lightning_ptq.losses.contrastive import Contrastive, ContrastiveConfig
-from lightning_ptq.losses.prediction import Features, Prediction, feature_loss, prediction_loss
+from lightning_ptq.losses.prediction import Features, Prediction, PredictionDifference, feature_loss, prediction_loss
 from lightning_ptq.losses.reconstruction import Reconstruction, reconstruction_loss
 from lightning_ptq.losses.rounding import RoundingRegularizer
 
@@ -12,6 +12,7 @@ __all__ = [
     "Features",
     "Objective",
     "Prediction",
+    "PredictionDifference",
     "Reconstruction",
     "RoundingRegularizer",
     "Tail",

@@ -8,16 +8,20 @@ from torch import Tensor
 from lightning_ptq.losses.base import Term, UnitBatch
 from lightning_ptq.losses.critic import pooled
 
+# By which PD-Quant divides logits.
+TEMPERATURE = 4.0
 
-def prediction_loss(student: Tensor, teacher: Tensor) -> Tensor:
+
+def prediction_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(teacher || student) in nats of the class distributions, mean over batch and positions (Hinton et al. 2015).
 
     Args:
         student, teacher: logits (B, classes, ...). One class has no distribution: then it is the squared error.
+        temperature: divides the logits first.
     """
     if student.shape[1] == 1:
         return torch.nn.functional.mse_loss(student.float(), teacher.float())
-    student, teacher = student.float().log_softmax(1), teacher.float().log_softmax(1)
+    student, teacher = (x.float().div(temperature).log_softmax(1) for x in (student, teacher))
     return torch.nn.functional.kl_div(student, teacher, reduction="none", log_target=True).sum(1).mean()
 
 
@@ -32,6 +36,24 @@ class Prediction(Term):
 
     def forward(self, batch: UnitBatch) -> Tensor:
         return prediction_loss(batch.tail(batch.student_out), batch.teacher_features)
+
+
+class PredictionDifference(Prediction):
+    """The same behind the frozen rest of the teacher, as PD-Quant adds it to a unit's reconstruction (Liu et al. 2023).
+
+    PD-Quant softens both distributions with a temperature of 4 and weights the term by a constant; here the weight is
+    balanced like that of any other term, since a constant means something else in every unit.
+
+    Args:
+        rho: norm of its gradient at the unit's output, relative to the reconstruction's.
+    """
+
+    def __init__(self, rho: float) -> None:
+        super().__init__()
+        self.rho = rho
+
+    def forward(self, batch: UnitBatch) -> Tensor:
+        return prediction_loss(batch.tail(batch.student_out), batch.teacher_features, TEMPERATURE)
 
 
 class Features(Term):
