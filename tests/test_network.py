@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_ptq import CalibrationDataModule, PTQError, PTQModule, QuantConfig
 from lightning_ptq.layers import quantize_layer, quantized_layers
+from lightning_ptq.network import NetworkCache, NetworkStart, finish_network
 from lightning_ptq.quantizers import act_quantizers, weight_quantizers
 from lightning_ptq.ranges import weight_qparams
 from tests.helpers import (
@@ -83,6 +85,15 @@ def test_harm_is_undone(tmp_path: Path, units_only: PTQModule, capsys: pytest.Ca
     assert module.reports[-1].mse_after == module.reports[-1].mse_before
     assert_equal_states(quantization_state(module), quantization_state(units_only))
     assert "kept as the units left it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("factor", "accepted"), [(0.9, True), (0.5, False)])
+def test_a_small_rise_of_the_divergence_is_no_harm(with_network: PTQModule, factor: float, accepted: bool) -> None:
+    module = deepcopy(with_network)
+    cache = NetworkCache(module.teacher, module.student, tiny_images(40), torch.device("cpu"), on_device=True)
+    now = NetworkStart.of(cache, cache.student_out(), lambda x: x)
+    before = NetworkStart(now.log_scales, factor * now.prediction, now.mse)
+    assert finish_network(cache, before, lambda x: x, 0.0).accepted == accepted
 
 
 def test_the_report_holds_the_error_of_the_output(with_network: PTQModule) -> None:
