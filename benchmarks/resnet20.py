@@ -107,7 +107,7 @@ def resolved(settings: dict[str, Any]) -> dict[str, Any]:
     """All settings of a run, with the number of whole-network steps spelt out."""
     settings = DEFAULTS | settings
     steps = settings["network_steps"]
-    return settings | {"network_steps": settings["steps"] // 2 if steps is None else steps}
+    return settings | {"network_steps": -(-settings["steps"] // 2) if steps is None else steps}
 
 
 def in_process(arguments: list[str], root: Path, threads: int) -> Any:

@@ -35,7 +35,7 @@ class Evaluation(L.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Teacher, round-to-nearest and student on one batch of images, with or without labels."""
         images, labels = _images_and_labels(batch)
-        images = self.teacher.laid_out(images)
+        images = self.teacher.laid_out(images, images.device)
         predictions = {"teacher": classes(self.teacher(images)), "student": classes(self.student(images))}
         with initial_ranges(self.student):
             predictions["nearest"] = classes(self.student(images))

@@ -407,6 +407,8 @@ class PTQModule(Evaluation):
     def leave_units(self) -> None:
         """Train no unit any more and drop the caches."""
         self.session.close()
+        self.objective.forget()
+        self.network_objective.forget()
         self._select(None)
 
     def _finish_if_done(self) -> None:

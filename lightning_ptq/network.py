@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ptq.cache import Minibatch, UnitCache, check_finite, run_chunked, take
+from lightning_ptq.cache import Minibatch, run_chunked, take
 from lightning_ptq.calibration import JUDGE_IMAGES, UnitReport, report
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.losses.prediction import prediction_loss
@@ -39,31 +39,16 @@ class NetworkCache:
     The head is the last unit.
 
     Args:
-        teacher, student: the two chains, of two units at least.
-        images: this process's calibration images (N, C, H, W).
-        device: where units run.
-        on_device: keep the caches there too, else in host memory.
-        known: the head's cache, if it is at hand: it holds the teacher's side.
+        student: a chain of two units at least.
+        images: this process's calibration images (N, C, H, W). teacher_out, features: what the teacher makes of them.
+        device: where units run; the tensors may lie in host memory.
     """
 
     def __init__(
-        self,
-        teacher: Chain,
-        student: Chain,
-        images: Tensor,
-        device: torch.device,
-        on_device: bool,
-        known: UnitCache | None = None,
+        self, student: Chain, images: Tensor, teacher_out: Tensor, features: Tensor, device: torch.device
     ) -> None:
         self.student, self.device = student, device
-        self.images = images.to(device) if on_device else images
-        if known is not None:
-            self.teacher_out, self.features = known.teacher_in, known.features
-            return
-        head = len(teacher) - 1
-        self.teacher_out = run_chunked(lambda x: teacher(x, stop=head), self.images, device)
-        self.features = run_chunked(teacher.units[head], self.teacher_out, device)
-        check_finite(self.features, "the whole network")
+        self.images, self.teacher_out, self.features = images, teacher_out, features
 
     def __len__(self) -> int:
         return len(self.images)

@@ -9,14 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from lightning_ptq import functional as F
 
-# Every bit of a byte, as a column (8, 1).
-_BITS = (2 ** torch.arange(8)).to(torch.uint8)[:, None]
+
+@lru_cache
+def _bits(device: torch.device) -> Tensor:
+    """Every bit of a byte, as a column (8, 1)."""
+    return (2 ** torch.arange(8, device=device)).to(torch.uint8)[:, None]
 
 
 class DropMask:
@@ -43,7 +47,7 @@ class DropMask:
             return None
         n = x.numel()
         if self.threshold == 128:
-            bits = (self._bytes(-(-n // 8), x.device) & _BITS.to(x.device)).flatten()[:n]  # 0 or a power of two each
+            bits = (self._bytes(-(-n // 8), x.device) & _bits(x.device)).flatten()[:n]  # 0 or a power of two each
             return _laid_out_as(bits.to(torch.float32).clamp_(max=1.0), x)
         # 1 from the threshold on and 0 below it; arithmetic, since comparing costs more on the CPU.
         return _laid_out_as(self._bytes(n, x.device).to(torch.float32).sub_(self.threshold - 1).clamp_(0.0, 1.0), x)

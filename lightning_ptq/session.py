@@ -110,10 +110,9 @@ class Session:
         """
         self._unit_clock, self._carried_seconds = time.monotonic() - self._carried_seconds, 0.0
         self._world = world
-        # A checkpoint may have been written before its unit was judged: then the units are entered on the way to the
-        # network too.
-        if unit < len(self.student) or len(self.reports) < unit:
-            self._enter_unit(min(unit, len(self.student) - 1), data, world)
+        # The way to the network leads through the head, also where a fit is resumed behind it: its cache holds the
+        # teacher's side, and a checkpoint may have been written before the head was judged.
+        self._enter_unit(min(unit, len(self.student) - 1), data, world)
         if unit == len(self.student):
             self.finish(unit - 1)
             self._enter_network(data, world)
@@ -132,14 +131,18 @@ class Session:
             cache.advance(cache.student_out() if out is None else out)
 
     def _enter_network(self, data: Images, world: World) -> None:
-        # What the head's epoch has left; none where a fit is resumed behind it.
         head, out = self.cache, self._student_out
-        self.cache = self._student_out = None
-        assert not isinstance(head, NetworkCache)
+        assert isinstance(head, UnitCache)
+        if out is None and self._network_start is None:
+            out = head.student_out()
+        teacher_out, features = head.teacher_in, head.features
+        self.cache = self._student_out = head = None  # what only the units need goes first
         images, on_device = self._checked_images(data, world)
-        self.cache = cache = NetworkCache(self.teacher, self.student, images, world.device, on_device, head)
+        images = images.to(world.device) if on_device else images
+        self.cache = NetworkCache(self.student, images, teacher_out, features, world.device)
         if self._network_start is None:
-            self._network_start = NetworkStart.of(cache, cache.student_out() if out is None else out, world.mean)
+            assert out is not None
+            self._network_start = NetworkStart.of(self.cache, out, world.mean)
 
     def finish(self, unit: int) -> UnitReport | None:
         """Judge the unit whose steps are done; its report, or None if it was judged before."""
@@ -179,7 +182,7 @@ class Session:
                 "the checkpoint was calibrated on other images. Give the same data, calibration_samples and seed."
             )
         self.image_digest, self.image_count = digest, int(counts.sum())
-        images = self.teacher.laid_out(images)
+        images = self.teacher.laid_out(images, world.device)
         self._images = images if data.again else None
         self._on_device = data.policy == "device" or (
             data.policy == "auto" and fits_on_device(self.teacher, images, world.device)

@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_every_cache_is_what_the_chain_gives(channels_last: bool) -> None:
     module, images = tiny_module(), tiny_images(70)  # more than one chunk, and a rest
-    images = module.teacher.laid_out(images) if channels_last else images
+    images = module.teacher.laid_out(images, CPU) if channels_last else images
     estimate_ranges(module.student, images, module.quant, CPU, lambda t: t[None])
     cache = UnitCache(module.teacher, module.student, images, CPU, on_device=True)
     with torch.no_grad():

@@ -90,7 +90,10 @@ def test_harm_is_undone(tmp_path: Path, units_only: PTQModule, capsys: pytest.Ca
 @pytest.mark.parametrize(("factor", "accepted"), [(0.9, True), (0.5, False)])
 def test_a_small_rise_of_the_divergence_is_no_harm(with_network: PTQModule, factor: float, accepted: bool) -> None:
     module = deepcopy(with_network)
-    cache = NetworkCache(module.teacher, module.student, tiny_images(40), torch.device("cpu"), on_device=True)
+    images, teacher = tiny_images(40), module.teacher
+    with torch.no_grad():
+        head_in, features = teacher(images, stop=len(teacher) - 1), teacher(images)
+    cache = NetworkCache(module.student, images, head_in, features, torch.device("cpu"))
     now = NetworkStart.of(cache, cache.student_out(), lambda x: x)
     before = NetworkStart(now.log_scales, factor * now.prediction, now.mse)
     assert finish_network(cache, before, lambda x: x, 0.0).accepted == accepted

@@ -26,5 +26,6 @@ def test_it_is_torch_s_adam_and_asks_for_no_gpu(monkeypatch: pytest.MonkeyPatch)
     for module, name in ((torch.accelerator, "current_accelerator"), (torch.cuda, "is_available")):
         monkeypatch.setattr(module, name, asked)
     optimizer.step()
-    with pytest.raises(AssertionError, match="looked"):
-        torch.optim.Adam([parameter], lr=0.1, fused=True).step()
+    if hasattr(torch.optim.Adam, "_accelerator_graph_capture_health_check"):
+        with pytest.raises(AssertionError, match="looked"):
+            torch.optim.Adam([parameter], lr=0.1, fused=True).step()

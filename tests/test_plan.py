@@ -87,7 +87,9 @@ def test_the_whole_network_is_listed_if_it_is_calibrated() -> None:
     chains, images = build_chain(tiny_net(), QuantConfig(), "block"), tiny_images(32)
     text = plan_text(chains, QuantConfig(), SHAPE, len(images) * 2**10, network=True)
     assert list(units_of(text))[-1] == "whole-network"
-    cache = NetworkCache(chains.teacher, chains.student, images, torch.device("cpu"), on_device=False)
+    with torch.no_grad():
+        head_in = chains.teacher(images, stop=len(chains.teacher) - 1)
+        cache = NetworkCache(chains.student, images, head_in, chains.teacher(images), torch.device("cpu"))
     held = sum(t.nbytes for t in vars(cache).values() if isinstance(t, Tensor))
     assert units_of(text)["whole-network"] == ("5", 0, pytest.approx(held / 2**10, abs=0.06))
     assert "whole-network" not in plan(tiny_net())

@@ -12,7 +12,7 @@ from lightning_ptq.config import Granularity, QuantConfig, check_option
 from lightning_ptq.graph.cuts import computed, find_cuts, find_taps, slices
 from lightning_ptq.graph.fold import fold_batch_norm, normalise
 from lightning_ptq.graph.placement import FloatOp, Placement, float_ops, place_quantizers
-from lightning_ptq.graph.trace import known_throughout, trace
+from lightning_ptq.graph.trace import any_layout_will_do, trace
 from lightning_ptq.graph.units import Chain, build_unit, unit_names
 from lightning_ptq.layers import quantize_layer
 
@@ -85,7 +85,7 @@ def build_chain(
     parts = list(zip(nodes, starts, ends, taps, strict=True))
     student = [build_unit(gm, unit, start, end, quantized, (), inner) for unit, start, end, inner in parts]
     teacher = [build_unit(gm, unit, start, end, {}, placement.quantizers, inner) for unit, start, end, inner in parts]
-    any_layout = known_throughout(gm)
+    any_layout = any_layout_will_do(gm)
     return ChainPair(
         Chain(teacher, names, any_layout).eval(),
         Chain(student, names, any_layout).eval(),

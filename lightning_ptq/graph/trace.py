@@ -133,9 +133,16 @@ def check_leaf_modules(model: nn.Module, patterns: Sequence[str]) -> None:
             )
 
 
-def known_throughout(gm: fx.GraphModule) -> bool:
-    """Whether every operation is torch's own; what users keep whole or wrap may do anything with a tensor."""
-    return "opaque" not in node_kinds(gm).values()
+# Operations that need a certain memory layout or tell of it.
+_LAYOUT_OPS = ("view", "view_as", "as_strided", "stride", "is_contiguous", "storage_offset", "data_ptr")
+
+
+def any_layout_will_do(gm: fx.GraphModule) -> bool:
+    """Whether no operation depends on how its tensors lie in memory, as far as that can be known.
+
+    What users keep whole or wrap may do anything with a tensor.
+    """
+    return "opaque" not in node_kinds(gm).values() and not any(op_name(n) in _LAYOUT_OPS for n in gm.graph.nodes)
 
 
 def check_output(model: nn.Module, gm: fx.GraphModule) -> None:

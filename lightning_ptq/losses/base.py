@@ -86,6 +86,9 @@ class Term(nn.Module):
     def forward(self, batch: UnitBatch) -> Tensor:
         raise NotImplementedError
 
+    def forget(self) -> None:
+        """Drop what was kept for a unit: no unit is calibrated any more."""
+
 
 class Objective(nn.Module):
     """Weighted sum of terms, the first of which is what balanced terms are measured against: reconstruction, as a rule.
@@ -119,6 +122,12 @@ class Objective(nn.Module):
                     value = value * self._weight(i, term, value, reference, batch)
                 result[name] = value * term.every
         return result
+
+    def forget(self) -> None:
+        """Drop what terms keep for a unit."""
+        for term in self.terms.values():
+            assert isinstance(term, Term)
+            term.forget()
 
     def _weight(self, i: int, term: Term, value: Tensor, reference: Tensor, batch: UnitBatch) -> Tensor:
         """lambda = rho * mean over the first steps of |d reference / d output| / |d value / d output|."""

@@ -53,7 +53,8 @@ class ContrastiveConfig:
         similarity: "cosine", or "gaussian": the negative squared distance.
         negatives: the other images of the "batch", or of the whole "bank" of calibration images.
         collisions: what to do about images that are no negatives: leave out those for which the teacher predicts the
-            same class ("argmax") or the share `prior` whose features are nearest ("similarity"), or "keep" them.
+            same class ("argmax") or the share `prior` with the most similar features, by the cosine to the teacher's
+            mean ("similarity"), or "keep" them.
         two_sided: average the loss of student against teachers and that of teacher against the batch's students.
         temperature: divides the similarities.
         rho: norm of the term's gradient at the unit's output, relative to the reconstruction's.
@@ -147,6 +148,9 @@ class Contrastive(Term):
         back = self._similarity(rows_of_all(student), teacher[place], bank).T  # (b, b of all)
         return (loss + self._loss(back, _place(place), negatives[:, rows_of_all(place)])) / 2
 
+    def forget(self) -> None:
+        self._bank = self._bank_is_of = None
+
     def _similarity(self, student: Tensor, teacher: Tensor, bank: _Bank) -> Tensor:
         if self.config.similarity == "gaussian":
             return gaussian(student, teacher, self.config.temperature, bank.variance)
@@ -179,7 +183,7 @@ class Contrastive(Term):
         side = batch.teacher_side
         if self._bank is None or self._bank_is_of is None or self._bank_is_of() is not side.teacher_out:
             device = batch.student_out.device
-            outputs = pooled(side.features.to(device).float())
+            outputs = torch.cat([pooled(x.to(device).float()) for x in side.features.split(CHUNK)])
             if self.config.feature.startswith("tail") and self._tail_units(batch.tail) == batch.tail.length:
                 features = outputs
             else:

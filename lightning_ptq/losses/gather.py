@@ -39,13 +39,14 @@ class _RowsOfAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.rows = len(x)
+        x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(processes())]
-        dist.all_gather(parts, x.contiguous())
+        dist.all_gather(parts, x)
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)  # others may read what came in
         dist.all_reduce(grad)
         start = rank() * ctx.rows
         return grad[start : start + ctx.rows]

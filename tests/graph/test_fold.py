@@ -150,7 +150,7 @@ def test_view_becomes_reshape_so_that_any_layout_will_do():
     model, x = Flattens().eval(), torch.randn(2, 3, 8, 8)
     teacher = build_chain(model, QuantConfig(), "block").teacher
     assert teacher.any_layout
-    last = teacher.laid_out(x)
+    last = teacher.laid_out(x, x.device)
     assert last.is_contiguous(memory_format=torch.channels_last)
     assert not last.is_contiguous()
     with pytest.raises(RuntimeError, match="view size is not compatible"):
@@ -163,7 +163,7 @@ def test_what_is_kept_whole_gets_the_usual_layout():
     model = Flattens(whole=True).eval()
     teacher = build_chain(model, QuantConfig(), "block", leaf_modules=["flat"]).teacher
     assert not teacher.any_layout
-    torch.testing.assert_close(teacher(teacher.laid_out(x)), model(x))
+    torch.testing.assert_close(teacher(teacher.laid_out(x, x.device)), model(x))
 
 
 def test_a_view_as_another_type_stays():
