@@ -7,9 +7,10 @@ from lightning_ptq.calibration import estimate_ranges
 from lightning_ptq.config import QuantConfig
 from lightning_ptq.graph import build_chain
 from lightning_ptq.graph.taps import recorded
-from lightning_ptq.losses import Reconstruction, UnitBatch
+from lightning_ptq.losses import Reconstruction
 from lightning_ptq.losses.reconstruction import reconstruction_loss
 from tests.helpers import tiny_images, tiny_net
+from tests.losses.helpers import unit_batch
 
 
 def quantized_chains(granularity):
@@ -48,7 +49,7 @@ def test_each_layer_is_trained_on_its_own_output():
     with torch.no_grad(), recorded(teacher) as teacher_inner:
         target = teacher(teacher_in)
     pairs = list(zip(inner, teacher_inner, strict=True))
-    batch = UnitBatch(out, target, target, lambda x: x, student, unit=1, step=0, progress=0.0, inner=pairs)
+    batch = unit_batch(out, target, student_unit=student, inner=pairs)
     gradients = torch.autograd.grad(Reconstruction()(batch), alphas)
 
     # By hand: the first convolution with its activation alone, then the rest of the block on what that gives.

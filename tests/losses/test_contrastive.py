@@ -177,6 +177,7 @@ def value_and_gradient(settings: dict[str, Any], first: int, stop: int, rows: to
 
 
 def one_of_two(rank: int, store: str, out: str) -> None:
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     # Shards of different size: 8 and 6 images; the batches are images 1, 5, 2 and 9, 8, 13.
     share = [(0, 8, torch.tensor([1, 5, 2])), (8, 14, torch.tensor([1, 0, 5]))][rank]
@@ -190,8 +191,10 @@ def one_of_two(rank: int, store: str, out: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_two_processes_equal_one_with_both_batches(tmp_path: Path) -> None:
-    mp.spawn(one_of_two, (str(tmp_path / "store"), str(tmp_path / "out")), nprocs=2)
+    arguments = (str(tmp_path / "store"), str(tmp_path / "out"))
+    mp.start_processes(one_of_two, arguments, nprocs=2, start_method="fork")
     for rank in range(2):
         for settings, (loss, gradient) in zip(SETTINGS, torch.load(tmp_path / f"out{rank}"), strict=True):
             expected = value_and_gradient(settings, 0, 14, torch.tensor([1, 5, 2, 9, 8, 13]))
