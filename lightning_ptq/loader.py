@@ -38,8 +38,7 @@ class UnitLoader:
         unit = trainer.current_epoch
         first = trainer.fit_loop.batch_idx + 1
         module.enter_unit(unit, first)
-        cache = module.session.cache
-        assert cache is not None
+        cache = module.session.opened
         for step in range(first, len(self)):
             rows = sample_index(len(cache), module.batch_size, step, module.seed, unit, module.global_rank)
             yield cache.minibatch(rows)

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lightning_ptq.allocator import keep_freed_memory
-from lightning_ptq.cache import Minibatch, UnitCache, mixed_seed
+from lightning_ptq.cache import Minibatch, mixed_seed
 from lightning_ptq.calibration import UnitReport
 from lightning_ptq.callbacks import model_callbacks
 from lightning_ptq.checks import check_device, check_network_steps, check_settings, check_trainer
@@ -51,7 +51,7 @@ from lightning_ptq.methods import (
     default_rates,
     get_method,
 )
-from lightning_ptq.network import NETWORK, NetworkCache
+from lightning_ptq.network import NETWORK
 from lightning_ptq.optimizer import Adam
 from lightning_ptq.quantizers import DropMask, act_quantizers, forget_ranges, weight_quantizers
 from lightning_ptq.session import CachePolicy, Images, Session, World
@@ -335,7 +335,7 @@ class PTQModule(Evaluation):
                 student_out=student_out,
                 teacher_out=batch.teacher_out,
                 teacher_features=batch.features,
-                teacher_side=self._cache(),
+                teacher_side=self.session.opened,
                 rows=batch.rows,
                 tail=self._tail(self.teacher, unit + 1),
                 student_unit=self.student.units[unit],
@@ -357,7 +357,7 @@ class PTQModule(Evaluation):
                 student_out=self.student(batch.student_in, stop=head),
                 teacher_out=batch.teacher_out,
                 teacher_features=batch.features,
-                teacher_side=self._cache(),
+                teacher_side=self.session.opened,
                 rows=batch.rows,
                 tail=self._tail(self.student, head),
                 student_unit=self.student,
@@ -458,11 +458,6 @@ class PTQModule(Evaluation):
         with torch.no_grad(), recorded(self.teacher.units[unit]) as inner:
             self.teacher.units[unit](batch.teacher_in)
         return inner
-
-    def _cache(self) -> UnitCache | NetworkCache:
-        cache = self.session.cache
-        assert cache is not None
-        return cache
 
     def _tail(self, chain: Chain, start: int) -> Tail:
         """The units of `chain` from `start` on, at the Trainer's precision, though terms are computed in float32."""

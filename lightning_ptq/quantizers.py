@@ -48,9 +48,11 @@ class DropMask:
         n = x.numel()
         if self.threshold == 128:
             bits = (self._bytes(-(-n // 8), x.device) & _bits(x.device)).flatten()[:n]  # 0 or a power of two each
-            return _laid_out_as(bits.to(torch.float32).clamp_(max=1.0), x)
-        # 1 from the threshold on and 0 below it; arithmetic, since comparing costs more on the CPU.
-        return _laid_out_as(self._bytes(n, x.device).to(torch.float32).sub_(self.threshold - 1).clamp_(0.0, 1.0), x)
+            keep = bits.to(torch.float32).clamp_(max=1.0)
+        else:
+            # 1 from the threshold on and 0 below it; arithmetic, since comparing costs more on the CPU.
+            keep = self._bytes(n, x.device).to(torch.float32).sub_(self.threshold - 1).clamp_(0.0, 1.0)
+        return _laid_out_as(keep, x)
 
     def _bytes(self, n: int, device: torch.device) -> Tensor:
         """`n` random bytes."""

@@ -161,6 +161,12 @@ class Session:
         self._unit_clock = time.monotonic()
         return report
 
+    @property
+    def opened(self) -> UnitCache | NetworkCache:
+        """The caches of what is calibrated now."""
+        assert self.cache is not None
+        return self.cache
+
     def importance_of(self, unit: int) -> Tensor | None:
         """Weights of the channels of a unit's output (C,); None where all count alike."""
         return None if self.importance is None else self.importance[unit]

@@ -130,6 +130,7 @@ class Contrastive(Term):
         self._bank_is_of: weakref.ref[Tensor] | None = None
 
     def forward(self, batch: UnitBatch) -> Tensor:
+        """The chosen loss of the batch's images, a scalar."""
         bank, first = self._bank_of(batch), slice(self.config.images)
         own = bank.offset + batch.rows  # (B,) rows of the bank
         if self.config.negatives == "bank":
@@ -149,6 +150,7 @@ class Contrastive(Term):
         return (loss + self._loss(back, _place(place), negatives[:, rows_of_all(place)])) / 2
 
     def forget(self) -> None:
+        """Drop the teacher's side."""
         self._bank = self._bank_is_of = None
 
     def _similarity(self, student: Tensor, teacher: Tensor, bank: _Bank) -> Tensor:
