@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_ptq.errors import PTQError
 from lightning_ptq.graph.units import Chain
+from lightning_ptq.seeds import mixed_seed
 
 # Images per forward pass where no gradient is needed.
 CHUNK = 64
@@ -147,14 +148,3 @@ def chunks(x: Tensor, size: int = CHUNK) -> Iterator[Tensor]:
     """Slices of at most `size` rows."""
     for start in range(0, len(x), size):
         yield x[start : start + size]
-
-
-def mixed_seed(*parts: int) -> int:
-    """One 63-bit seed from several integers (SplitMix64 finaliser): near seeds give unrelated streams."""
-    state = 0
-    for part in parts:
-        state = (state + part + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state & 0x7FFFFFFFFFFFFFFF

@@ -6,6 +6,7 @@ A quantizer with `bits` maps a real x to the integer clamp(round(x / scale) + ze
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,11 @@ from torch import Tensor
 ZETA, GAMMA = 1.1, -0.1
 # Smallest scale a quantizer may have: dividing by it stays finite in float32 for any finite activation of a network.
 MIN_SCALE = 1e-8
+
+
+def in_float32(device: torch.device) -> AbstractContextManager[object]:
+    """A context without autocast on `device`; next to nothing where none is on, which entering one would cost."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def integer_range(bits: int, symmetric: bool) -> tuple[int, int]:
@@ -98,6 +104,8 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, y, scale, keep = ctx.saved_tensors
+        if grad.stride() != x.stride():  # from a slice or padding: one copy, or each pass would be many times as long
+            grad = torch.empty_like(x).copy_(grad)
         position = x / scale
         if keep is not None:
             position.mul_(keep)  # 0 lies inside every grid: what was not quantized passes its gradient on

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ptq.config import QuantConfig
+from lightning_ptq.functional import in_float32
 from lightning_ptq.quantizers import WeightQuantizer
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
@@ -57,7 +58,7 @@ class _Quantized(nn.Module):
         shape = [-1 if dim == self.channel_dim % y.dim() else 1 for dim in range(y.dim())]
         bias = q.correct(self._parameters["bias"])
         assert bias is not None
-        with torch.autocast(y.device.type, enabled=False):  # half precision would round small gains away
+        with in_float32(y.device):  # half precision would round small gains away
             return torch.addcmul(bias.view(shape), y.float(), q.log_gain.exp().view(shape)).to(y.dtype)
 
 

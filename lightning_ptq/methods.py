@@ -134,9 +134,14 @@ def default_rates(steps: int) -> tuple[float, float]:
     return _REFERENCE_ROUNDING_LR * factor, _REFERENCE_SCALE_LR * factor
 
 
+def default_network_steps(steps: int) -> int:
+    """Steps of the whole network's epoch where units take `steps`: each goes through all of them."""
+    return -(-steps // 4)
+
+
 def default_network_lr(steps: int) -> float:
     """Learning rate of the whole network's epoch of `steps` steps; fitted on held-out calibration images too."""
-    return float(2e-3 * (250 / steps) ** 0.4)
+    return float(2e-3 * (125 / steps) ** 0.4)
 
 
 def cosine(progress: float) -> float:

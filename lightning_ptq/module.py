@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lightning_ptq.allocator import keep_freed_memory
-from lightning_ptq.cache import Minibatch, mixed_seed
+from lightning_ptq.cache import Minibatch
 from lightning_ptq.calibration import UnitReport
 from lightning_ptq.callbacks import model_callbacks
 from lightning_ptq.checks import check_device, check_network_steps, check_settings, check_trainer
@@ -26,11 +26,11 @@ from lightning_ptq.evaluation import Evaluation
 from lightning_ptq.fingerprint import check_same, model_digest
 from lightning_ptq.graph import Chain, build_chain
 from lightning_ptq.graph.taps import recorded
+from lightning_ptq.layers import quantized_layers
 from lightning_ptq.loader import UnitLoader
 from lightning_ptq.losses import (
     Contrastive,
     ContrastiveConfig,
-    Features,
     Objective,
     Prediction,
     PredictionDifference,
@@ -48,12 +48,14 @@ from lightning_ptq.methods import (
     Weighting,
     cosine,
     default_network_lr,
+    default_network_steps,
     default_rates,
     get_method,
 )
 from lightning_ptq.network import NETWORK
 from lightning_ptq.optimizer import Adam
 from lightning_ptq.quantizers import DropMask, act_quantizers, forget_ranges, weight_quantizers
+from lightning_ptq.seeds import mixed_seed
 from lightning_ptq.session import CachePolicy, Images, Session, World
 
 
@@ -68,7 +70,7 @@ class PTQModule(Evaluation):
         critic: how that term is computed.
         steps_per_unit: optimisation steps for each unit.
         network_steps: optimisation steps of the last epoch, which calibrates the whole network (see `network.py`); 0
-            leaves it out, None takes half of `steps_per_unit`.
+            leaves it out, None takes a quarter of `steps_per_unit`.
         batch_size: calibration images for each step, on each process.
         rounding_lr: learning rate of the weights' rounding; None follows `steps_per_unit`.
         scale_lr: learning rate of the logarithm of activation scales; None follows `steps_per_unit`.
@@ -158,14 +160,14 @@ class PTQModule(Evaluation):
         # Nothing lies before the head of a single unit.
         self.network_steps = 0
         if self.method.learns and len(self.student) > 1:
-            self.network_steps = -(-self.steps_per_unit // 2) if network_steps is None else network_steps
+            self.network_steps = default_network_steps(self.steps_per_unit) if network_steps is None else network_steps
         elif network_steps and self.method.learns:
             raise PTQError(
                 f"network_steps={network_steps} needs two units or more, but granularity="
                 f"{self.method.granularity!r} cuts this network into one. Leave it out, or cut finer."
             )
         self.network_lr = default_network_lr(max(self.network_steps, 1)) if network_lr is None else network_lr
-        whole: dict[str, Term] = {"prediction": Prediction(), "features": Features()}
+        whole: dict[str, Term] = {"prediction": Prediction()}
         if contrastive:
             whole["contrastive"] = Contrastive(critic)
         self.network_objective = Objective(whole, 1)
@@ -201,6 +203,8 @@ class PTQModule(Evaluation):
         loop, epochs = self.trainer.fit_loop, len(self.epoch_names)
         loop.max_epochs = epochs if loop.max_epochs is None or loop.max_epochs < 0 else min(epochs, loop.max_epochs)
         if self.network_steps:
+            # The last epoch may be shorter than the logging interval of the others; its report is logged all the same.
+            warnings.filterwarnings("ignore", r"The number of training batches", PossibleUserWarning)
             # Epochs differ in length, and Lightning asks a loader for its length only when it loads it. The unit loader
             # has no state that would be lost. A larger number would be counted from where a fit is resumed.
             self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
@@ -327,7 +331,7 @@ class PTQModule(Evaluation):
     def _unit_terms(self, unit: int, batch: Minibatch, step: int, progress: float) -> dict[str, Tensor]:
         rounding, scales = self.method.rate_factors(progress)
         self._set_rates(rounding=rounding * self.rounding_lr, scales=scales * self.scale_lr)
-        self._drop.seed(mixed_seed(self.seed, unit, step, self.global_rank), batch.student_in.device)
+        self._drop.seed(mixed_seed(self.seed, self.global_rank), mixed_seed(self.seed, unit, step, self.global_rank))
         with recorded(self.student.units[unit]) as inner:
             student_out = self.student.units[unit](self._unit_input(batch))
         terms: dict[str, Tensor] = self.objective(
@@ -339,6 +343,7 @@ class PTQModule(Evaluation):
                 rows=batch.rows,
                 tail=self._tail(self.teacher, unit + 1),
                 student_unit=self.student.units[unit],
+                roundings=[q.take_rounding() for q in self._rounded],
                 unit=unit,
                 step=step,
                 progress=self.method.rounding_progress(progress),
@@ -446,6 +451,19 @@ class PTQModule(Evaluation):
         for parameter in trained:
             parameter.requires_grad_(True)
         self._trained = trained
+        self._hold(unit)
+
+    def _hold(self, unit: int | None) -> None:
+        """Let the quantizers of `unit` keep what none of its steps changes."""
+        for q in weight_quantizers(self.student):
+            q.release()
+        self._drop.forget()
+        calibrated = self.student if unit == len(self.student) else None if unit is None else self.student.units[unit]
+        layers = [] if calibrated is None else quantized_layers(calibrated)
+        for _, layer in layers:
+            layer.weight_quantizer.hold(layer.weight)
+        quantizers = [layer.weight_quantizer for _, layer in layers]
+        self._rounded = [q for q in quantizers if q.alpha is not None and q.alpha.requires_grad]
 
     def _unit_input(self, batch: Minibatch) -> Tensor:
         if self.method.input == "fp":

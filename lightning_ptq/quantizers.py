@@ -9,60 +9,58 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from lightning_ptq import functional as F
+from lightning_ptq.seeds import mixed_seed
 
-
-@lru_cache
-def _bits(device: torch.device) -> Tensor:
-    """Every bit of a byte, as a column (8, 1)."""
-    return (2 ** torch.arange(8, device=device)).to(torch.uint8)[:, None]
+# A mask is a window of a pool of random elements: the pool is so much longer, and masks start at multiples of a cache
+# line's elements.
+_SPARE, _ALIGNMENT = 2**18, 16
 
 
 class DropMask:
     """QDrop's random choice between quantized and float elements (Wei et al. 2022, section 4.2).
 
-    Every draw comes from one generator that is re-seeded at the start of each step, so the masks are a pure function
-    of the seed and the order of calls. Probabilities are multiples of 1/256: one random byte decides an element, or one
-    bit where the probability is 1/2.
+    Random numbers are drawn once for each size of tensor, into a pool somewhat longer than it; a mask is a window of
+    the pool whose place is drawn anew each time, so that a step costs no random numbers and no pass over the mask.
+    Masks are a pure function of the seeds and the order of calls since `seed`.
     """
 
     def __init__(self, probability: float) -> None:
-        self.threshold = round(probability * 256)
-        self._generator: torch.Generator | None = None
+        self.probability = probability
+        self._pools: dict[tuple[int, torch.device], Tensor] = {}
+        self._pool_seed = self._seed = self._calls = 0
 
-    def seed(self, seed: int, device: torch.device) -> None:
-        """Restart the stream of masks."""
-        if self._generator is None or self._generator.device != device:
-            self._generator = torch.Generator(device)
-        self._generator.manual_seed(seed)
+    def seed(self, pool: int, step: int) -> None:
+        """Restart the stream of masks for one step; the pools are those of the seed `pool`."""
+        if pool != self._pool_seed:
+            self.forget()
+        self._pool_seed, self._seed, self._calls = pool, step, 0
+
+    def forget(self) -> None:
+        """Drop the pools; they are drawn again when they are needed."""
+        self._pools.clear()
 
     def keep(self, x: Tensor) -> Tensor | None:
         """Mask of x's shape: 1 where the quantized value is used, 0 where the float; None: quantize everything."""
-        if self.threshold == 0:
+        if self.probability == 0.0:
             return None
         n = x.numel()
-        if self.threshold == 128:
-            bits = (self._bytes(-(-n // 8), x.device) & _bits(x.device)).flatten()[:n]  # 0 or a power of two each
-            keep = bits.to(torch.float32).clamp_(max=1.0)
-        else:
-            # 1 from the threshold on and 0 below it; arithmetic, since comparing costs more on the CPU.
-            keep = self._bytes(n, x.device).to(torch.float32).sub_(self.threshold - 1).clamp_(0.0, 1.0)
-        return _laid_out_as(keep, x)
-
-    def _bytes(self, n: int, device: torch.device) -> Tensor:
-        """`n` random bytes."""
-        words = torch.empty(-(-n // 8), dtype=torch.int64, device=device)
-        return words.random_(-(2**63), None, generator=self._generator).view(torch.uint8)[:n]
+        if (n, x.device) not in self._pools:
+            generator = torch.Generator(x.device).manual_seed(self._pool_seed)
+            pool = torch.empty(n + _SPARE, device=x.device)
+            self._pools[n, x.device] = pool.bernoulli_(1.0 - self.probability, generator=generator)
+        self._calls += 1
+        start = mixed_seed(self._seed, self._calls) % (_SPARE // _ALIGNMENT) * _ALIGNMENT
+        return _laid_out_as(self._pools[n, x.device][start : start + n], x)
 
 
 def _laid_out_as(flat: Tensor, x: Tensor) -> Tensor:
     """`flat` (numel,) in the shape of `x`, and in its memory layout: operations on both are then one plain pass."""
-    return flat.as_strided(x.shape, x.stride()) if F.is_dense(x) else flat.view(x.shape)
+    return flat.as_strided(x.shape, x.stride(), flat.storage_offset()) if F.is_dense(x) else flat.view(x.shape)
 
 
 class ActQuantizer(nn.Module):
@@ -111,7 +109,7 @@ class ActQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return x
-        with torch.autocast(x.device.type, enabled=False):
+        with F.in_float32(x.device):
             keep = self.drop.keep(x) if self.drop is not None and torch.is_grad_enabled() else None
             y = F.fake_quantize(x, self.log_scale, self.low, self.high, keep)
         return y.to(x.dtype)
@@ -162,6 +160,10 @@ class WeightQuantizer(nn.Module):
         self.bias_shift = nn.Parameter(torch.zeros(shape[axis]), requires_grad=False)
         self.nearest = False  # True only inside `initial_ranges`: the baseline's view of this layer
         self.enabled = False
+        # Set by `hold`. The soft weight is low + step * h, and the integers are those of a rounding that is done.
+        self._soft: tuple[Tensor, Tensor] | None = None
+        self._hard: Tensor | None = None
+        self._h: Tensor | None = None
         self.scale: Tensor
         self.zero_point: Tensor
         self.ready: Tensor
@@ -201,19 +203,48 @@ class WeightQuantizer(nn.Module):
         up = (weight / self.scale).floor() + (self.alpha >= 0)
         return (up + self.zero_point).clamp(self.qmin, self.qmax)
 
+    @torch.no_grad()
+    def hold(self, weight: Tensor) -> None:
+        """Work out once what no step changes until `release`: as long as weight, scale and, if hard, alpha stay."""
+        if self.enabled and self._is_soft:
+            self._soft = self._soft_parts(weight)
+        elif self.enabled:
+            self._hard = self(weight, gain=False)
+
+    def release(self) -> None:
+        """Forget what `hold` worked out."""
+        self._soft = self._hard = self._h = None
+
+    def take_rounding(self) -> Tensor:
+        """h of every weight in [0, 1] as the last soft `forward` used it, with its gradient; to be taken once."""
+        h, self._h = self._h, None
+        assert h is not None
+        return h
+
+    @property
+    def _is_soft(self) -> bool:
+        return self.alpha is not None and self.alpha.requires_grad and not self.nearest
+
+    def _soft_parts(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(low, step): the quantized weight is low + step * h. Beyond the grid's ends, step is 0: nothing to round."""
+        down = (weight.float() / self.scale).floor() + self.zero_point
+        inside = (down >= self.qmin) & (down < self.qmax)
+        low = F.dequantize(down.clamp(self.qmin, self.qmax), self.effective_scale, self.zero_point)
+        return low, self.effective_scale * inside
+
     def forward(self, weight: Tensor, gain: bool = True) -> Tensor:
         """The weight as quantized now, in float32; `gain=False` leaves the learned gain to the caller."""
         if not self.enabled:
             return weight
-        with torch.autocast(weight.device.type, enabled=False):
-            soft = self.alpha is not None and self.alpha.requires_grad and torch.is_grad_enabled()
-            if soft and not self.nearest:
+        with F.in_float32(weight.device):
+            if self._is_soft and torch.is_grad_enabled():
                 assert self.alpha is not None
-                h = F.rectified_sigmoid(self.alpha)
-                q = ((weight.float() / self.scale).floor() + self.zero_point + h).clamp(self.qmin, self.qmax)
-            else:
-                q = self.integers(weight)
-            return F.dequantize(q, self.effective_scale if gain else self.scale, self.zero_point)
+                low, step = self._soft or self._soft_parts(weight)
+                self._h = F.rectified_sigmoid(self.alpha)
+                return torch.addcmul(low, step, self._h)
+            if self._hard is not None and not gain:
+                return self._hard
+            return F.dequantize(self.integers(weight), self.effective_scale if gain else self.scale, self.zero_point)
 
     @property
     def effective_scale(self) -> Tensor:

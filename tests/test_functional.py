@@ -112,3 +112,15 @@ def test_fake_quantize_is_the_same_in_every_layout() -> None:
         results.append((y, *torch.autograd.grad(y, [copy, log_scale], grad)))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_gradient_in_another_layout_changes_nothing() -> None:
+    x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    grad, log_scale = torch.randn(2, 3, 4, 5), torch.tensor(-1.0, requires_grad=True)
+    results = []
+    for direction in (grad, grad.contiguous(memory_format=torch.channels_last), torch.ones(()).expand(x.shape) * grad):
+        z = x.clone().requires_grad_(True)
+        results.append(torch.autograd.grad(F.fake_quantize(z, log_scale, -2.0, 1.0), (z, log_scale), direction))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
+    assert results[0][0].stride() == x.stride()

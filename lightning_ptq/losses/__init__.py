@@ -2,14 +2,13 @@
 
 from lightning_ptq.losses.base import Objective, Tail, Term, UnitBatch
 from lightning_ptq.losses.contrastive import Contrastive, ContrastiveConfig
-from lightning_ptq.losses.prediction import Features, Prediction, PredictionDifference, feature_loss, prediction_loss
+from lightning_ptq.losses.prediction import Prediction, PredictionDifference, prediction_loss
 from lightning_ptq.losses.reconstruction import Reconstruction, reconstruction_loss
 from lightning_ptq.losses.rounding import RoundingRegularizer
 
 __all__ = [
     "Contrastive",
     "ContrastiveConfig",
-    "Features",
     "Objective",
     "Prediction",
     "PredictionDifference",
@@ -18,7 +17,6 @@ __all__ = [
     "Tail",
     "Term",
     "UnitBatch",
-    "feature_loss",
     "prediction_loss",
     "reconstruction_loss",
 ]

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from lightning_ptq.functional import in_float32
+
 # Steps at the start of a unit over which the weight of a balanced term is measured; then it is frozen.
 BALANCE_STEPS = 8
 
@@ -54,6 +56,7 @@ class UnitBatch:
         rows: of this minibatch among all images (B,).
         tail: the frozen rest of the teacher, from a unit's output to the final output.
         student_unit: the unit under calibration.
+        roundings: of every weight tensor whose rounding is learned, how far each weight is rounded up, in [0, 1].
         unit: its index in the objective. step: the optimisation step within it.
         progress: share of the unit's rounding schedule that is done, in [0, 1].
     """
@@ -68,6 +71,7 @@ class UnitBatch:
     unit: int
     step: int
     progress: float
+    roundings: Sequence[Tensor] = ()
     importance: Tensor | None = None
     inner: Sequence[tuple[Tensor, Tensor]] = ()
 
@@ -109,7 +113,7 @@ class Objective(nn.Module):
         """The weighted terms by name; their sum is the loss."""
         result: dict[str, Tensor] = {}
         reference: Tensor | None = None
-        with torch.autocast(batch.student_out.device.type, enabled=False):
+        with in_float32(batch.student_out.device):
             for i, (name, term) in enumerate(self.terms.items()):
                 assert isinstance(term, Term)
                 if batch.step % term.every:

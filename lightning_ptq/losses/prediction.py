@@ -1,4 +1,4 @@
-"""What the network as a whole should keep: its predictions, and the features that its head reads."""
+"""What the network as a whole should keep: its predictions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from lightning_ptq.losses.base import Term, UnitBatch
-from lightning_ptq.losses.critic import pooled
 
 # By which PD-Quant divides logits.
 TEMPERATURE = 4.0
@@ -23,12 +22,6 @@ def prediction_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) 
         return torch.nn.functional.mse_loss(student.float(), teacher.float())
     student, teacher = (x.float().div(temperature).log_softmax(1) for x in (student, teacher))
     return torch.nn.functional.kl_div(student, teacher, reduction="none", log_target=True).sum(1).mean()
-
-
-def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared error of features averaged over positions, relative to the teacher's sum of squares; both (B, C, ...)."""
-    student, teacher = pooled(student.float()), pooled(teacher.float())
-    return (student - teacher).square().sum() / teacher.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 class Prediction(Term):
@@ -54,10 +47,3 @@ class PredictionDifference(Prediction):
 
     def forward(self, batch: UnitBatch) -> Tensor:
         return prediction_loss(batch.tail(batch.student_out), batch.teacher_features, TEMPERATURE)
-
-
-class Features(Term):
-    """`feature_loss` of the unit's output."""
-
-    def forward(self, batch: UnitBatch) -> Tensor:
-        return feature_loss(batch.student_out, batch.teacher_out)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_ptq.functional import rectified_sigmoid, undecided
+from lightning_ptq.functional import undecided
 from lightning_ptq.losses.base import Term, UnitBatch
-from lightning_ptq.quantizers import weight_quantizers
 
 
 def annealed_beta(progress: float, *, start: float = 20.0, end: float = 2.0, warmup: float = 0.2) -> float | None:
@@ -30,7 +29,6 @@ class RoundingRegularizer(Term):
 
     def forward(self, batch: UnitBatch) -> Tensor:
         beta = annealed_beta(batch.progress)
-        alphas = [q.alpha for q in weight_quantizers(batch.student_unit) if q.alpha is not None]
-        if beta is None or not alphas:
+        if beta is None or not batch.roundings:
             return torch.zeros((), device=batch.student_out.device)
-        return self.weight * torch.stack([undecided(rectified_sigmoid(alpha), beta) for alpha in alphas]).sum()
+        return self.weight * torch.stack([undecided(h, beta) for h in batch.roundings]).sum()

@@ -5,7 +5,7 @@ import torch
 
 from lightning_ptq.losses import Objective, Reconstruction, Term, UnitBatch, reconstruction_loss
 from lightning_ptq.losses.base import BALANCE_STEPS
-from lightning_ptq.losses.rounding import annealed_beta
+from lightning_ptq.losses.rounding import RoundingRegularizer, annealed_beta
 from tests.losses.helpers import unit_batch
 
 torch.manual_seed(0)
@@ -23,6 +23,15 @@ def test_reconstruction_sums_channels_and_averages_the_rest() -> None:
 def test_beta_is_off_during_warmup_and_falls_linearly() -> None:
     assert annealed_beta(0.19) is None
     assert [annealed_beta(p) for p in (0.2, 0.6, 1.0)] == pytest.approx([20.0, 11.0, 2.0])
+
+
+def test_the_regulariser_adds_what_is_undecided_of_every_layer() -> None:
+    h = [torch.tensor([0.0, 1.0, 0.5]), torch.tensor([[0.25]])]
+    batch = unit_batch(torch.zeros(2, 3), torch.zeros(2, 3), roundings=h, progress=0.6)
+    slow = sum(1 - abs(2 * float(v) - 1) ** 11.0 for part in h for v in part.flatten())
+    assert float(RoundingRegularizer(0.03)(batch)) == pytest.approx(0.03 * slow)
+    batch.progress = 0.1
+    assert float(RoundingRegularizer(0.03)(batch)) == 0.0
 
 
 class Pull(Term):
