@@ -1,4 +1,4 @@
-"""What the benchmarks share: the trained ResNet-20, the yardstick F, and where a result came from."""
+"""What the benchmarks share: the trained networks, the yardstick F, and where a result came from."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torchvision.models import MobileNetV2
 
 from lightning_ptq import QuantConfig
 from lightning_ptq.cli import load_weights
@@ -19,10 +20,14 @@ from lightning_ptq.models import resnet20
 DEFAULT_ROOT = os.environ.get("LIGHTNING_PTQ_CIFAR10", "../shared/cifar10")
 
 
-def trained_resnet20(root: Path) -> nn.Module:
-    """The CIFAR ResNet-20 whose weights lie below `root`, in eval mode."""
-    model = resnet20()
-    load_weights(model, str(root / "teachers" / "resnet20.pt"))
+def trained(name: str, root: Path) -> nn.Module:
+    """The network called "resnet20" or "mobilenetv2" whose weights lie below `root`, in eval mode."""
+    if name == "resnet20":
+        model: nn.Module = resnet20()
+    else:  # as the data's README has it
+        settings = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 2, 2], [6, 64, 2, 1]]
+        model = MobileNetV2(num_classes=10, dropout=0.0, inverted_residual_setting=settings)
+    load_weights(model, str(root / "teachers" / f"{name}.pt"))
     return model.eval()
 
 

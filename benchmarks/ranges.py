@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.common import DEFAULT_ROOT, seconds_of_forward, trained_resnet20
+from benchmarks.common import DEFAULT_ROOT, seconds_of_forward, trained
 from lightning_ptq import ImageFolderData, QuantConfig
 from lightning_ptq.calibration import RANGE_IMAGES, estimate_ranges
 from lightning_ptq.functional import integer_range, qparams
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", default=["w2a2", "w2a4"])
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    model = trained_resnet20(args.root)
+    model = trained("resnet20", args.root)
     data = ImageFolderData(str(args.root), resize=None, crop=None, calibration_samples=RANGE_IMAGES, seed=0)
     images, device = data.calibration_images(), torch.device("cpu")
     print(f"{'':6} {'theirs, F':>10} {'ours, F':>10} {'MSE ours/theirs: mean':>22} {'max':>7} {'quantizers':>11}")

@@ -1,0 +1,183 @@
+"""The rows of `benchmarks.methods` as tables and plots: benchmarks/methods.csv -> docs/results.md, docs/img/*.png.
+
+    python -m benchmarks.results
+
+Means over seeds with the standard deviation. A gain is the mean of the differences between runs that share everything
+but the setting in question (same seed, so same images, batches and masks), with its standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import mean, median, stdev
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from benchmarks.methods import DEFAULTS, GRIDS, key, points, read
+
+Row = dict[str, str]
+Runs = dict[tuple[str, ...], Row]
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+
+
+def gain(pairs: list[tuple[float, float]]) -> str:
+    """Mean and standard error of second minus first."""
+    differences = [b - a for a, b in pairs]
+    error = f" ± {stdev(differences) / len(differences) ** 0.5:.2f}" if len(differences) > 1 else ""
+    return f"{mean(differences):+.2f}{error}"
+
+
+def column(rows: Iterable[Row], name: str) -> list[float]:
+    """The numbers in a column."""
+    return [float(row[name]) for row in rows]
+
+
+def seeds_of(runs: Runs, settings: dict[str, object]) -> dict[str, Row]:
+    """seed -> row of every run with these settings."""
+    at, wanted = list(DEFAULTS).index("seed"), key(settings)
+    return {found[at]: row for found, row in runs.items() if found[:at] == wanted[:at]}
+
+
+def table(head: list[str], lines: list[list[str]]) -> list[str]:
+    """A Markdown table, or nothing without lines."""
+    rule = ["---"] * len(head)
+    return ["| " + " | ".join(line) + " |" for line in (head, rule, *lines)] if lines else []
+
+
+def grid_table(runs: Runs, name: str, labels: list[str]) -> list[str]:
+    """One line for each point of a grid that was run."""
+    lines = []
+    for point in points(GRIDS[name]):
+        rows = list(seeds_of(runs, point).values())
+        if rows:
+            shown = [str(rows[0][label]) for label in labels]
+            rates = [spread(column(rows, rate)) for rate in ("nearest_top1", "student_top1", "agreement")]
+            lines.append([*shown, *rates, str(len(rows))])
+    return table([*labels, "nearest top-1", "calibrated top-1", "agreement", "n"], lines)
+
+
+def gain_table(runs: Runs) -> list[str]:
+    """Every setting that was run with and without the contrastive term, over the seeds that have both."""
+    seed = list(DEFAULTS).index("seed")
+    with_term = defaultdict(list)
+    for found, row in runs.items():
+        base = row | {"contrastive": "False", "critic": "{}"}
+        if row["contrastive"] == "True" and key(base) in runs:
+            with_term[found[:seed]].append((runs[key(base)], row))
+    lines = []
+    for pairs in with_term.values():
+        row = pairs[0][1]
+        shown = [row[name] for name in ("model", "bits", "method", "critic", "samples", "steps", "network_steps")]
+        tops = [spread(column([pair[i] for pair in pairs], "student_top1")) for i in (0, 1)]
+        gains = [gain([(float(a[name]), float(b[name])) for a, b in pairs]) for name in ("student_top1", "agreement")]
+        ratio = median(float(b["calibration_seconds"]) / float(a["calibration_seconds"]) for a, b in pairs)
+        lines.append([*shown, *tops, *gains, f"{ratio:.2f}", str(len(pairs))])
+    head = ["model", "bits", "base", "critic", "images", "steps", "last epoch", "base top-1", "with the term"]
+    return table([*head, "gain", "gain in agreement", "time", "n"], sorted(lines))
+
+
+def time_table(runs: Runs) -> list[str]:
+    """Wall times of runs that had the machine for themselves."""
+    lines = []
+    for point in points(GRIDS["time"]):
+        rows = [row for row in seeds_of(runs, point).values() if row["jobs"] == "1"]
+        if rows:
+            ratios = [
+                f"{median(float(row['wall']) / float(row[f]) for row in rows):.0f}" for f in ("f_before", "f_after")
+            ]
+            seconds = [f"{median(column(rows, name)):.0f}" for name in ("wall", "calibration_seconds")]
+            shown = [rows[0][name] for name in ("bits", "steps", "network_steps", "threads")]
+            lines.append([*shown, *seconds, *ratios, f"{max(column(rows, 'peak_rss_mib')):.0f}", str(len(rows))])
+    head = ["bits", "steps", "last epoch", "threads", "wall, s", "calibration, s", "wall / F before", "wall / F after"]
+    return table([*head, "peak RSS, MiB", "n"], lines)
+
+
+def plot(runs: Runs, grid: str, x: str | Callable[[list[Row]], float], label: str, path: Path, log: bool) -> bool:
+    """Accuracy of a grid's points against a setting or a measurement, one line with and one without the term."""
+    figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    for contrastive in ("False", "True"):
+        curve = []
+        for point in points(GRIDS[grid]):
+            rows = list(seeds_of(runs, point).values())
+            if rows and rows[0]["contrastive"] == contrastive:
+                tops = column(rows, "student_top1")
+                at = x(rows) if callable(x) else rows[0][x]
+                curve.append((float(at) if log else at, mean(tops), stdev(tops) if len(tops) > 1 else 0.0))
+        if curve:
+            name = "qdrop + contrastive" if contrastive == "True" else "qdrop"
+            axes.errorbar(*zip(*curve, strict=True), marker="o", capsize=3, label=name)
+    drawn = axes.has_data()
+    if log:
+        axes.set_xscale("log")
+    axes.set(xlabel=label, ylabel="top-1, %")
+    axes.grid(alpha=0.3)
+    if drawn:
+        axes.legend()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return drawn
+
+
+PLOTS: list[tuple[str, str | Callable[[list[Row]], float], str, str, bool]] = [
+    ("steps", lambda rows: median(column(rows, "calibration_seconds")), "calibration, s", "time", True),
+    ("sizes", "samples", "calibration images", "images", True),
+    ("bits", "bits", "bits", "bits", False),
+]
+
+
+def document(runs: Runs, folder: Path) -> str:
+    """The text of results.md; the plots go to `folder`/img."""
+    commits = sorted({row["commit"] for row in runs.values()})
+    lines = [
+        "# Results",
+        "",
+        "CIFAR-10 JPEGs, 4000 validation images, batch 32, rates by the step budget. Top-1 and agreement with the",
+        "teacher in percent, mean ± standard deviation over n seeds; a seed draws other calibration images, batches",
+        "and masks. Runs that shared the machine with others are left out of the table of times.",
+        "",
+        "Made by `python -m benchmarks.results` from `benchmarks/methods.csv`, to which `python -m benchmarks.methods`",
+        f"adds rows. Commits: {', '.join(commits)}.",
+    ]
+    sections: list[tuple[str, list[str]]] = [
+        ("Bits, default settings", grid_table(runs, "bits", ["bits", "method", "network_steps"])),
+        ("Bits, without the last epoch", grid_table(runs, "units", ["bits", "method"])),
+        ("Methods, without the last epoch", grid_table(runs, "methods", ["bits", "method"])),
+        ("Steps per unit", grid_table(runs, "steps", ["bits", "steps", "network_steps"])),
+        ("The contrastive term", gain_table(runs)),
+        ("Calibration images", grid_table(runs, "sizes", ["bits", "samples", "contrastive"])),
+        ("Time and memory", time_table(runs)),
+    ]
+    for title, body in sections:
+        if body:
+            lines += ["", f"## {title}", "", *body]
+    for grid, x, label, name, log in PLOTS:
+        if plot(runs, grid, x, label, folder / "img" / f"{name}.png", log):
+            lines += ["", f"![top-1 against {label}](img/{name}.png)"]
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, default=Path("benchmarks/methods.csv"))
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of results.md and img/")
+    args = parser.parse_args()
+    rows = read(args.rows)
+    if not rows:
+        parser.error(f"{args.rows} has no rows. Run `python -m benchmarks.methods` first.")
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "results.md").write_text(document({key(row): row for row in rows}, args.out))
+
+
+if __name__ == "__main__":
+    main()
