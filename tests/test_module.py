@@ -37,7 +37,7 @@ def test_every_unit_is_calibrated_once_and_in_order(fitted) -> None:
     module, fit, _ = fitted
     assert tuple(report.name for report in module.reports) == (*module.student.names, "whole-network")
     assert fit.current_epoch == len(module.student) + 1 == 5
-    assert fit.global_step == 4 * 60 + 30
+    assert fit.global_step == 4 * 60 + 15
 
 
 def test_calibration_lowers_the_error_of_units(fitted) -> None:

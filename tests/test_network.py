@@ -114,8 +114,8 @@ def test_contrastive_joins_and_is_balanced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "steps"),
     [
-        ({}, 20),
-        ({"steps_per_unit": 3}, 2),
+        ({}, 10),
+        ({"steps_per_unit": 3}, 1),
         ({"network_steps": 7}, 7),
         ({"network_steps": 0}, 0),
         ({"method": "nearest"}, 0),
