@@ -1,6 +1,7 @@
 """Accuracy, time and memory of calibration methods on the shared CIFAR-10 images: one process and one CSV row a run.
 
     python -m benchmarks.methods --grid bits methods              # runs what benchmarks/methods.csv lacks
+    python -m benchmarks.methods --grid time --seeds 0 1 --out benchmarks/time.csv    # with nothing beside it
     python -m benchmarks.methods --grid contrastive --bits w2a2 --seeds 0 1 2 3 4 --jobs 2
     python -m benchmarks.results                                  # the CSV -> docs/results.md and its plots
 

@@ -1,4 +1,4 @@
-"""The rows of `benchmarks.methods` as tables and plots: benchmarks/methods.csv -> docs/results.md, docs/img/*.png.
+"""The rows of `benchmarks.methods` as tables and plots: methods.csv and time.csv -> docs/results.md, docs/img/*.png.
 
     python -m benchmarks.results
 
@@ -55,7 +55,7 @@ def table(head: list[str], lines: list[list[str]]) -> list[str]:
 
 
 def grid_table(runs: Runs, name: str, labels: list[str]) -> list[str]:
-    """One line for each point of a grid that was run."""
+    """One line for each point of a grid that was run, nothing if that is one alone."""
     lines = []
     for point in points(GRIDS[name]):
         rows = list(seeds_of(runs, point).values())
@@ -63,7 +63,8 @@ def grid_table(runs: Runs, name: str, labels: list[str]) -> list[str]:
             shown = [str(rows[0][label]) for label in labels]
             rates = [spread(column(rows, rate)) for rate in ("nearest_top1", "student_top1", "agreement")]
             lines.append([*shown, *rates, str(len(rows))])
-    return table([*labels, "nearest top-1", "calibrated top-1", "agreement", "n"], lines)
+    head = [*labels, "nearest top-1", "calibrated top-1", "agreement", "n"]
+    return table(head, lines) if len(lines) > 1 else []
 
 
 def gain_table(runs: Runs) -> list[str]:
@@ -105,6 +106,7 @@ def time_table(runs: Runs) -> list[str]:
 def plot(runs: Runs, grid: str, x: str | Callable[[list[Row]], float], label: str, path: Path, log: bool) -> bool:
     """Accuracy of a grid's points against a setting or a measurement, one line with and one without the term."""
     figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    places = set()
     for contrastive in ("False", "True"):
         curve = []
         for point in points(GRIDS[grid]):
@@ -113,12 +115,15 @@ def plot(runs: Runs, grid: str, x: str | Callable[[list[Row]], float], label: st
                 tops = column(rows, "student_top1")
                 at = x(rows) if callable(x) else rows[0][x]
                 curve.append((float(at) if log else at, mean(tops), stdev(tops) if len(tops) > 1 else 0.0))
-        if curve:
+        if len(curve) > 1:
             name = "qdrop + contrastive" if contrastive == "True" else "qdrop"
             axes.errorbar(*zip(*curve, strict=True), marker="o", capsize=3, label=name)
+            places |= {at for at, *_ in curve}
     drawn = axes.has_data()
     if log:
         axes.set_xscale("log")
+        axes.set_xticks(sorted(places), [f"{place:.0f}" for place in sorted(places)])
+        axes.minorticks_off()
     axes.set(xlabel=label, ylabel="top-1, %")
     axes.grid(alpha=0.3)
     if drawn:
@@ -136,7 +141,7 @@ PLOTS: list[tuple[str, str | Callable[[list[Row]], float], str, str, bool]] = [
 ]
 
 
-def document(runs: Runs, folder: Path) -> str:
+def document(runs: Runs, timed: Runs, folder: Path) -> str:
     """The text of results.md; the plots go to `folder`/img."""
     commits = sorted({row["commit"] for row in runs.values()})
     lines = [
@@ -144,7 +149,7 @@ def document(runs: Runs, folder: Path) -> str:
         "",
         "CIFAR-10 JPEGs, 4000 validation images, batch 32, rates by the step budget. Top-1 and agreement with the",
         "teacher in percent, mean ± standard deviation over n seeds; a seed draws other calibration images, batches",
-        "and masks. Runs that shared the machine with others are left out of the table of times.",
+        "and masks. Times are those of `benchmarks/time.csv`, of runs that had the machine for themselves.",
         "",
         "Made by `python -m benchmarks.results` from `benchmarks/methods.csv`, to which `python -m benchmarks.methods`",
         f"adds rows. Commits: {', '.join(commits)}.",
@@ -156,7 +161,7 @@ def document(runs: Runs, folder: Path) -> str:
         ("Steps per unit", grid_table(runs, "steps", ["bits", "steps", "network_steps"])),
         ("The contrastive term", gain_table(runs)),
         ("Calibration images", grid_table(runs, "sizes", ["bits", "samples", "contrastive"])),
-        ("Time and memory", time_table(runs)),
+        ("Time and memory", time_table(timed)),
     ]
     for title, body in sections:
         if body:
@@ -170,13 +175,15 @@ def document(runs: Runs, folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, default=Path("benchmarks/methods.csv"))
+    parser.add_argument("--times", type=Path, default=Path("benchmarks/time.csv"), help="rows made with --jobs 1")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of results.md and img/")
     args = parser.parse_args()
     rows = read(args.rows)
     if not rows:
         parser.error(f"{args.rows} has no rows. Run `python -m benchmarks.methods` first.")
+    timed = {key(row): row for row in read(args.times)}
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "results.md").write_text(document({key(row): row for row in rows}, args.out))
+    (args.out / "results.md").write_text(document({key(row): row for row in rows}, timed, args.out))
 
 
 if __name__ == "__main__":
