@@ -18,6 +18,8 @@ from lightning_ptq.seeds import mixed_seed
 
 # Images per forward pass where no gradient is needed.
 CHUNK = 64
+# Images that judge where none are held out.
+JUDGE_IMAGES = 256
 
 
 def run_chunked(function: Callable[[Tensor], Tensor], x: Tensor, device: torch.device) -> Tensor:
@@ -69,10 +71,20 @@ class UnitCache:
         images: this process's calibration images (N, C, H, W).
         device: where units run.
         on_device: keep the caches there too, else in host memory.
+        held_out: so many of the images, the last ones, are never drawn for a step; they judge what was learned.
     """
 
-    def __init__(self, teacher: Chain, student: Chain, images: Tensor, device: torch.device, on_device: bool) -> None:
+    def __init__(
+        self,
+        teacher: Chain,
+        student: Chain,
+        images: Tensor,
+        device: torch.device,
+        on_device: bool,
+        held_out: int = 0,
+    ) -> None:
         self.teacher, self.student, self.device = teacher, student, device
+        self.drawn = len(images) - held_out
         self.unit = 0
         self.teacher_in = images.to(device) if on_device else images
         self.student_in = self.teacher_in
@@ -80,8 +92,10 @@ class UnitCache:
         self.features = self._run(lambda x: teacher(x), self.teacher_in, "the whole network")
         self.teacher_out = self._run(teacher.units[0], self.teacher_in, teacher.names[0])
 
-    def __len__(self) -> int:
-        return len(self.teacher_in)
+    @property
+    def judged(self) -> slice:
+        """Rows that judge: those held out, or else some that are drawn."""
+        return judged_rows(self.drawn, len(self.teacher_in))
 
     def minibatch(self, index: Tensor) -> Minibatch:
         """Rows `index` (B,) of the caches."""
@@ -89,9 +103,9 @@ class UnitCache:
         parts = (take(t, index) for t in (self.student_in, self.teacher_in, self.teacher_out, self.features))
         return Minibatch(*(part.to(self.device, non_blocking=True) for part in (*parts, index)))
 
-    def student_out(self, count: int | None = None) -> Tensor:
-        """The student unit's output for the first `count` images, as quantized now; finite or not."""
-        return run_chunked(self.student.units[self.unit], self.student_in[:count], self.device)
+    def student_out(self, rows: slice = slice(None)) -> Tensor:
+        """The student unit's output for these rows, as quantized now; finite or not."""
+        return run_chunked(self.student.units[self.unit], self.student_in[rows], self.device)
 
     def advance(self, student_out: Tensor) -> None:
         """Go to the next unit, whose student input is `student_out`."""
@@ -105,6 +119,11 @@ class UnitCache:
         out = run_chunked(function, x, self.device)
         check_finite(out, name)
         return out
+
+
+def judged_rows(drawn: int, total: int) -> slice:
+    """Which of `total` rows judge what was learned on the first `drawn`: the others, or some of these if all are."""
+    return slice(drawn, total) if drawn < total else slice(JUDGE_IMAGES)
 
 
 def check_finite(out: Tensor, name: str) -> None:

@@ -15,29 +15,33 @@ from lightning_ptq.errors import PTQError
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.layers import quantized_layers
 from lightning_ptq.losses.reconstruction import reconstruction_loss
-from lightning_ptq.metrics import mi_lower_bound, sqnr_db
+from lightning_ptq.metrics import Information, decibels, signal_and_noise
 from lightning_ptq.quantizers import ActQuantizer, act_quantizers, float_mode, initial_ranges, scales_are_finite
 from lightning_ptq.ranges import Histogram, weight_qparams
 
 # Images that ranges are estimated from, as in QDrop's code.
 RANGE_IMAGES = 256
-# Images that judge a unit and measure its mutual information (which is at most the logarithm of their number).
-JUDGE_IMAGES = 256
 
 Gather = Callable[[Tensor], Iterable[Tensor]]
 
 
 @dataclass(frozen=True)
 class UnitReport:
-    """What calibration did to one unit; `mse` is the reconstruction loss, before calibration and of the unit
-    as it is left: where calibration was not accepted, both are the same. For the whole network (`network.py`), it is
-    that of the final output, before and after the last epoch."""
+    """What calibration did to one unit, on the images that judge it: those held out, if any.
+
+    `mse` is the reconstruction loss, before calibration and of the unit as it is left: where calibration was not
+    accepted, both are the same. For the whole network (`network.py`), it is that of the final output, before and after
+    the last epoch. The next five are of its output against the teacher's (`metrics.py`).
+    """
 
     name: str
     mse_before: float
     mse_after: float
     sqnr_db: float
     mi_lower_bound_nats: float
+    mi_gaussian_nats: float
+    alignment: float
+    uniformity: float
     flipped_fraction: float
     accepted: bool
     seconds: float
@@ -116,18 +120,19 @@ def finish_unit(
         (report, the unit's final output for all cached images).
     """
     unit, name = cache.student.units[cache.unit], cache.student.names[cache.unit]
-    target = cache.teacher_out[:JUDGE_IMAGES]
+    rows = cache.judged
+    target = cache.teacher_out[rows]
     with initial_ranges(unit):
-        before = reconstruction_loss(cache.student_out(JUDGE_IMAGES), target, importance)
+        before = reconstruction_loss(cache.student_out(rows), target, importance)
     out = cache.student_out()
-    after = reconstruction_loss(out[:JUDGE_IMAGES], target, importance)
+    after = reconstruction_loss(out[rows], target, importance)
     before, after = mean(torch.stack([before, after])).tolist()
     # Not `after > before`: a NaN must be rejected too.
     accepted = after <= before and scales_are_finite(unit)
     if not accepted:
         restore_initial(unit)
         out, after = cache.student_out(), before
-    return report(name, unit, out[:JUDGE_IMAGES], target, (before, after), accepted, seconds), out
+    return report(name, unit, out[rows], target, (before, after), accepted, seconds, mean), out
 
 
 def report(
@@ -138,16 +143,20 @@ def report(
     errors: tuple[float, float],
     accepted: bool,
     seconds: float,
+    mean: Callable[[Tensor], Tensor],
 ) -> UnitReport:
     """The report on `unit`, whose output is `out` where the teacher's is `target`; `errors` are before and after."""
+    signal, noise = mean(signal_and_noise(out, target)).tolist()
+    information = Information()
+    information.update(out, target)
     weights = sum(layer.weight.numel() for _, layer in quantized_layers(unit))
     flipped = sum(layer.weight_quantizer.flipped(layer.weight) for _, layer in quantized_layers(unit))
     return UnitReport(
         name=name,
         mse_before=errors[0],
         mse_after=errors[1],
-        sqnr_db=sqnr_db(out, target),
-        mi_lower_bound_nats=mi_lower_bound(out, target),
+        sqnr_db=decibels(signal, noise),
+        **information.compute(),
         flipped_fraction=flipped / max(weights, 1),
         accepted=accepted,
         seconds=seconds,

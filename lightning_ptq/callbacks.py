@@ -176,6 +176,8 @@ def summarize(module: PTQModule, trainer: L.Trainer, metrics: dict[str, float]) 
         **{key: metrics.get(key) for key in ("teacher_top1", "nearest_top1", "student_top1")},
         "teacher_agreement": metrics.get("student_agreement"),
         "nearest_agreement": metrics.get("nearest_agreement"),
+        "calibration_agreement": module.session.calibration_agreement,
+        "overfit_gap": overfit_gap(module.session.calibration_agreement, metrics.get("student_agreement")),
         "wall_seconds": {key: round(value, 3) for key, value in module.session.wall_seconds.items()},
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": torch.cuda.max_memory_allocated(module.device) if module.device.type == "cuda" else 0,
@@ -188,6 +190,11 @@ def summarize(module: PTQModule, trainer: L.Trainer, metrics: dict[str, float]) 
             for unit in (report.to_dict() for report in module.reports)
         ],
     }
+
+
+def overfit_gap(calibration: float | None, validation: float | None) -> float | None:
+    """How many points more often the student agrees with the teacher on what it was calibrated with than elsewhere."""
+    return None if calibration is None or validation is None else calibration - validation
 
 
 class PredictionFile(Callback):

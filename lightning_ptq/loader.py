@@ -40,5 +40,5 @@ class UnitLoader:
         module.enter_unit(unit, first)
         cache = module.session.opened
         for step in range(first, len(self)):
-            rows = sample_index(len(cache), module.batch_size, step, module.seed, unit, module.global_rank)
+            rows = sample_index(cache.drawn, module.batch_size, step, module.seed, unit, module.global_rank)
             yield cache.minibatch(rows)

@@ -6,34 +6,122 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
-from lightning_ptq.losses.critic import cosine
+from lightning_ptq.losses.critic import cosine, projected
 
 # What a validation measures, in percent, each a `MeanRate`.
 RATES = ("teacher_top1", "nearest_top1", "student_top1", "nearest_agreement", "student_agreement")
 
 
+def signal_and_noise(student: Tensor, teacher: Tensor) -> Tensor:
+    """(2,) float64: sums of t^2 and of (s - t)^2."""
+    student, teacher = student.double(), teacher.double()
+    return torch.stack([teacher.square().sum(), (student - teacher).square().sum()])
+
+
 def sqnr_db(student: Tensor, teacher: Tensor) -> float:
-    """Signal to quantization-noise ratio in decibels, 10 log10(sum t^2 / sum (s - t)^2); inf where they are equal."""
-    noise = float((student.double() - teacher.double()).square().sum())
-    signal = float(teacher.double().square().sum())
+    """Signal to quantization-noise ratio in decibels, 10 log10(sum t^2 / sum (s - t)^2)."""
+    return decibels(*signal_and_noise(student, teacher).tolist())
+
+
+def decibels(signal: float, noise: float) -> float:
+    """Signal to noise ratio 10 log10(signal / noise); inf without noise, -inf with noise alone."""
     if noise == 0.0:
         return math.inf
     return 10.0 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
 def mi_lower_bound(student: Tensor, teacher: Tensor, temperature: float = 0.1) -> float:
-    """InfoNCE lower bound of the mutual information of two activations, in nats, at most log N.
+    """InfoNCE lower bound of the mutual information of paired rows, in nats, at most log N (van den Oord et al. 2018).
 
-    The critic is the cosine similarity over `temperature` of activations centred on the teacher's mean.
-
-    Shapes: both (N, ...), row i of each from the same image.
+    The critic is the cosine similarity over `temperature` of rows centred on the teacher's mean. Shapes: both (N, D).
     """
-    mean = teacher.float().mean(0, keepdim=True)
-    logits = cosine((student.float() - mean).flatten(1), (teacher.float() - mean).flatten(1), temperature)
+    mean = teacher.float().mean(0)
+    logits = cosine(student.float() - mean, teacher.float() - mean, temperature)
     loss = (logits.logsumexp(1) - logits.diagonal()).mean()
     return math.log(len(logits)) - float(loss)
+
+
+def gaussian_mi(student: Tensor, teacher: Tensor) -> float:
+    """Mutual information of paired rows in nats as if they were jointly Gaussian; nan for too few rows, inf if equal.
+
+    1/2 log(det Sx det Sy / det Sxy) of the sample covariances, whose bias under that assumption is known and taken off
+    (the logarithm of a Wishart determinant has a mean in digamma functions). Not capped at log N as InfoNCE is, but no
+    bound where the rows are not Gaussian. Shapes: both (N, D) with N > 2 D + 1.
+    """
+    n, d = student.shape
+    if n <= 2 * d + 1:
+        return math.nan
+    both = torch.cat([student, teacher], 1).double()
+    both = both - both.mean(0)
+    # A dimension that never changes says nothing; unit variance for the others, for the determinants' sake.
+    both = both / both.std(0).clamp(min=torch.finfo(torch.float32).tiny)
+    covariance = both.T @ both / (n - 1)
+    parts = (covariance[:d, :d], covariance[d:, d:], covariance)
+    x, y, xy = (_log_det(part) - _log_det_bias(n - 1, len(part)) for part in parts)
+    return 0.5 * (x + y - xy)
+
+
+def _log_det(matrix: Tensor) -> float:
+    return float(torch.linalg.slogdet(matrix).logabsdet)
+
+
+def _log_det_bias(freedom: int, size: int) -> float:
+    """E log det S - log det Sigma for a sample covariance of that size with so many degrees of freedom."""
+    halves = (freedom - torch.arange(size, dtype=torch.float64)) / 2
+    return float(torch.digamma(halves).sum()) + size * math.log(2.0 / freedom)
+
+
+def alignment(student: Tensor, teacher: Tensor) -> float:
+    """Mean squared distance of paired rows on the unit sphere, in [0, 4] (Wang and Isola 2020). Shapes: both (N, D)."""
+    return float((normalize(student.float(), dim=1) - normalize(teacher.float(), dim=1)).square().sum(1).mean())
+
+
+def uniformity(rows: Tensor) -> float:
+    """log of the mean of exp(-2 |a - b|^2) over pairs of rows on the unit sphere, in [-8, 0]: low where they are spread
+    out (Wang and Isola 2020). nan for a single row. Shape: (N, D)."""
+    squares = torch.pdist(normalize(rows.float(), dim=1)).square()
+    return float(squares.mul(-2.0).exp().mean().log()) if len(squares) else math.nan
+
+
+class Information(Metric):
+    """What of a unit's activations its quantization leaves: estimates of their mutual information, and geometry.
+
+    Rows are fixed random projections of the activations (`critic.projected`), which can only lose information: a lower
+    bound of theirs is one of the activations'. `gaussian_mi` looks at the first few numbers of a row only, since it
+    needs many times as many rows as numbers. Rows of all processes are put together.
+    """
+
+    full_state_update = False
+    GAUSSIAN = 8
+    student: list[Tensor]
+    teacher: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = self.GAUSSIAN
+        self.add_state("student", [], dist_reduce_fx="cat")
+        self.add_state("teacher", [], dist_reduce_fx="cat")
+
+    def update(self, student: Tensor, teacher: Tensor) -> None:
+        """Add activations of the same images, both (B, C, ...)."""
+        self.width = min(self.GAUSSIAN, student[0].numel())
+        self.student.append(projected(student.float()))
+        self.teacher.append(projected(teacher.float()))
+
+    def compute(self) -> dict[str, float]:
+        """`mi_lower_bound_nats`, `mi_gaussian_nats`, `alignment`, and the student's `uniformity`."""
+        student, teacher = dim_zero_cat(self.student), dim_zero_cat(self.teacher)
+        few = slice(self.width)
+        return {
+            "mi_lower_bound_nats": mi_lower_bound(student, teacher),
+            "mi_gaussian_nats": gaussian_mi(student[:, few], teacher[:, few]),
+            "alignment": alignment(student - teacher.mean(0), teacher - teacher.mean(0)),
+            "uniformity": uniformity(student - teacher.mean(0)),
+        }
 
 
 class MeanRate(Metric):

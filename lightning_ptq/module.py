@@ -81,6 +81,7 @@ class PTQModule(Evaluation):
         leaf_modules: name patterns of modules that are not traced and stay in floating point.
         terms: further loss terms of units by name; they do not join the last epoch.
         cache: where activations are kept: on the "device", on the "host", or "auto": on the device if they fit.
+        held_out: share of the calibration images that no step draws; they judge each unit and measure its information.
         seed: seed of every random draw; None takes that of `lightning.seed_everything`, or else 0.
 
     Raises:
@@ -112,6 +113,7 @@ class PTQModule(Evaluation):
         leaf_modules: Sequence[str] = (),
         terms: dict[str, Term] | None = None,
         cache: CachePolicy = "auto",
+        held_out: float = 0.1,
         seed: int | None = None,
     ) -> None:
         check_settings(
@@ -122,6 +124,7 @@ class PTQModule(Evaluation):
             scale_lr=scale_lr,
             network_lr=network_lr,
             rounding_weight=rounding_weight,
+            held_out=held_out,
         )
         coordinates = get_method(
             method,
@@ -141,6 +144,7 @@ class PTQModule(Evaluation):
         self.method_name, self.quant, self.critic = method, quant, critic
         self.contrastive = contrastive = contrastive and coordinates.learns
         self.model_name, self.rounding_weight = type(model).__name__, rounding_weight
+        self.held_out = held_out
         # What learns nothing needs no steps; one keeps Lightning's loop, and so validation and checkpoints, alive.
         self.steps_per_unit = steps_per_unit if self.method.learns else 1
         self.batch_size, self.cache_policy = batch_size, cache
@@ -389,6 +393,7 @@ class PTQModule(Evaluation):
             config=self.quant,
             weighting=self.method.weighting,
             again=self.network_steps > 0,
+            held_out=self.held_out,
         )
         self.session.enter(unit, images, World(self.device, size, self._all))
         self._select(unit)
@@ -519,6 +524,7 @@ class PTQModule(Evaluation):
             "network_steps": self.network_steps,
             "network_lr": self.network_lr,
             "batch_size": self.batch_size,
+            "held_out": self.held_out,
             "rounding_lr": self.rounding_lr,
             "scale_lr": self.scale_lr,
             "rounding_weight": self.rounding_weight,

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ptq.cache import Minibatch, run_chunked, take
-from lightning_ptq.calibration import JUDGE_IMAGES, UnitReport, report
+from lightning_ptq.cache import Minibatch, judged_rows, run_chunked, take
+from lightning_ptq.calibration import UnitReport, report
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.losses.prediction import prediction_loss
 from lightning_ptq.losses.reconstruction import reconstruction_loss
@@ -25,9 +25,9 @@ from lightning_ptq.quantizers import act_quantizers, weight_quantizers
 # What this epoch is called where the others bear their unit's name.
 NETWORK = "whole-network"
 
-# The epoch is undone if the divergence on the calibration images grew by more than this factor. Not by any growth: the
-# units have fitted these very images, and the epoch takes some of that back. ResNet-20 at W2A2, one of the seeds: 0.334
-# -> 0.341 on them and 0.519 -> 0.405 on 1026 others.
+# Where no images are held out, the epoch is undone if the divergence on the calibration images grew by more than this
+# factor. Not by any growth: the units have fitted these very images, and the epoch takes some of that back. ResNet-20
+# at W2A2, one of the seeds: 0.334 -> 0.341 on them and 0.519 -> 0.405 on 1026 others.
 HARM = 1.25
 
 Mean = Callable[[Tensor], Tensor]
@@ -42,16 +42,25 @@ class NetworkCache:
         student: a chain of two units at least.
         images: this process's calibration images (N, C, H, W). teacher_out, features: what the teacher makes of them.
         device: where units run; the tensors may lie in host memory.
+        drawn: so many of the images, the first ones, are drawn for steps; the others judge.
     """
 
     def __init__(
-        self, student: Chain, images: Tensor, teacher_out: Tensor, features: Tensor, device: torch.device
+        self,
+        student: Chain,
+        images: Tensor,
+        teacher_out: Tensor,
+        features: Tensor,
+        device: torch.device,
+        drawn: int,
     ) -> None:
-        self.student, self.device = student, device
+        self.student, self.device, self.drawn = student, device, drawn
         self.images, self.teacher_out, self.features = images, teacher_out, features
 
-    def __len__(self) -> int:
-        return len(self.images)
+    @property
+    def judged(self) -> slice:
+        """Rows that judge: those held out, or else some that are drawn."""
+        return judged_rows(self.drawn, len(self.images))
 
     def minibatch(self, index: Tensor) -> Minibatch:
         """Rows `index` (B,) of the caches; the unit's output is the input of the head."""
@@ -97,20 +106,26 @@ class NetworkStart:
         return asdict(self)
 
 
-def finish_network(cache: NetworkCache, start: NetworkStart, mean: Mean, seconds: float) -> UnitReport:
-    """Judge the last epoch by the network's predictions, undo it where it did harm, and say what happened."""
+def finish_network(cache: NetworkCache, start: NetworkStart, mean: Mean, seconds: float) -> tuple[UnitReport, Tensor]:
+    """Judge the last epoch by the network's predictions, undo it where it did harm, and say what happened.
+
+    Returns:
+        (report, the network's final output for all cached images).
+    """
     out = cache.student_out()
     after, mse = _errors(cache, out, mean)
-    # Not `after > before`: a NaN must be rejected too.
-    accepted = after <= HARM * start.prediction and math.isfinite(mse)
+    limit = start.prediction * (HARM if cache.drawn == len(cache.images) else 1.0)
+    # Not `after > limit`: a NaN must be rejected too.
+    accepted = after <= limit and math.isfinite(mse)
     if not accepted:
         start.restore(cache.student)
         out, mse = cache.student_out(), start.mse
-    images = slice(JUDGE_IMAGES)
-    return report(NETWORK, cache.student, out[images], cache.features[images], (start.mse, mse), accepted, seconds)
+    rows = cache.judged
+    errors = (start.mse, mse)
+    return report(NETWORK, cache.student, out[rows], cache.features[rows], errors, accepted, seconds, mean), out
 
 
 def _errors(cache: NetworkCache, out: Tensor, mean: Mean) -> tuple[float, float]:
-    losses = [prediction_loss(out, cache.features), reconstruction_loss(out, cache.features)]
-    prediction, mse = mean(torch.stack(losses)).tolist()
+    out, target = out[cache.judged], cache.features[cache.judged]
+    prediction, mse = mean(torch.stack([prediction_loss(out, target), reconstruction_loss(out, target)])).tolist()
     return prediction, mse

@@ -18,10 +18,12 @@ from lightning_ptq.fingerprint import data_digest
 from lightning_ptq.graph import Chain
 from lightning_ptq.importance import channel_importance
 from lightning_ptq.methods import Weighting
+from lightning_ptq.metrics import classes
 from lightning_ptq.network import NetworkCache, NetworkStart, finish_network
 from lightning_ptq.quantizers import weight_quantizers
 
 CachePolicy = Literal["auto", "device", "host"]
+_LEAST_HELD_OUT = 8
 CLOCKS = ("ranges", "calibration", "validation", "total")
 
 
@@ -54,6 +56,7 @@ class Images:
         policy: where activations are kept.
         config: how ranges are estimated from the images. weighting: how channels are weighted.
         again: whether the whole network's epoch will need the images again. A loader may not give them twice.
+        held_out: share of the images that judge what was learned on the others.
     """
 
     open: Callable[[], Tensor]
@@ -62,6 +65,7 @@ class Images:
     config: QuantConfig
     weighting: Weighting
     again: bool
+    held_out: float
 
 
 class Session:
@@ -73,6 +77,7 @@ class Session:
         self.wall_seconds = dict.fromkeys(CLOCKS, 0.0)
         self.image_digest: int | None = None
         self.image_count: int | None = None  # over all processes
+        self.calibration_agreement: float | None = None  # percent, on the images that steps drew, once all is done
         self.cache: UnitCache | NetworkCache | None = None
         self.importance: list[Tensor] | None = None  # of every unit's channels; None: they count alike
         self._network_start: NetworkStart | None = None
@@ -92,6 +97,7 @@ class Session:
             "reports": [report.to_dict() for report in self.reports],
             "wall_seconds": dict(self.wall_seconds),
             "unit_seconds": running,
+            "calibration_agreement": self.calibration_agreement,
             "network_start": None if self._network_start is None else self._network_start.to_dict(),
         }
 
@@ -99,6 +105,7 @@ class Session:
         """Stand where a `state()` was taken; the caches are replayed when a unit is entered."""
         self.image_digest = state["images"]
         self.reports = [UnitReport(**report) for report in state["reports"]]
+        self.calibration_agreement = state["calibration_agreement"]
         self.wall_seconds, self._carried_seconds = dict(state["wall_seconds"]), state["unit_seconds"]
         start = state["network_start"]
         self._network_start = None if start is None else NetworkStart(**start)
@@ -135,11 +142,11 @@ class Session:
         assert isinstance(head, UnitCache)
         if out is None and self._network_start is None:
             out = head.student_out()
-        teacher_out, features = head.teacher_in, head.features
+        teacher_out, features, drawn = head.teacher_in, head.features, head.drawn
         self.cache = self._student_out = head = None  # what only the units need goes first
         images, on_device = self._checked_images(data, world)
         images = images.to(world.device) if on_device else images
-        self.cache = NetworkCache(self.student, images, teacher_out, features, world.device)
+        self.cache = NetworkCache(self.student, images, teacher_out, features, world.device, drawn)
         if self._network_start is None:
             assert out is not None
             self._network_start = NetworkStart.of(self.cache, out, world.mean)
@@ -153,10 +160,15 @@ class Session:
         mean, seconds = self._world.mean, time.monotonic() - self._unit_clock
         if isinstance(self.cache, NetworkCache):
             assert self._network_start is not None
-            report = finish_network(self.cache, self._network_start, mean, seconds)
+            report, out = finish_network(self.cache, self._network_start, mean, seconds)
         else:
-            report, self._student_out = finish_unit(self.cache, self.importance_of(unit), mean, seconds)
+            report, out = finish_unit(self.cache, self.importance_of(unit), mean, seconds)
+            self._student_out = out
         self.reports.append(report)
+        if unit >= len(self.student) - 1:  # the output is the network's
+            drawn, cache = slice(self.cache.drawn), self.cache
+            agreed = (classes(out[drawn]) == classes(cache.features[drawn])).float().mean()
+            self.calibration_agreement = 100.0 * float(mean(agreed))
         self.wall_seconds["calibration"] += seconds
         self._unit_clock = time.monotonic()
         return report
@@ -198,14 +210,22 @@ class Session:
     def _open(self, data: Images, world: World) -> UnitCache:
         """Check the images, estimate ranges if there are none yet, weigh channels, and cache the first unit."""
         images, on_device = self._checked_images(data, world)
-        share = -(-RANGE_IMAGES // world.size)
+        held_out = held_out_of(len(images), data.held_out, data.batch_size)
+        share = min(-(-RANGE_IMAGES // world.size), len(images) - held_out)
         if not all(q.enabled for q in weight_quantizers(self.student)):
             start = time.monotonic()
             estimate_ranges(self.student, images[:share], data.config, world.device, world.gather)
             self.wall_seconds["ranges"] += time.monotonic() - start
         if data.weighting == "fisher":
             self.importance = channel_importance(self.teacher, images[:share], world.device, world.gather)
-        return UnitCache(self.teacher, self.student, images, world.device, on_device)
+        return UnitCache(self.teacher, self.student, images, world.device, on_device, held_out)
+
+
+def held_out_of(images: int, share: float, batch_size: int) -> int:
+    """How many of a process's images are held out: their share as far as the others still fill a batch, or none if that
+    would be too few to judge by."""
+    held_out = min(int(images * share), images - batch_size)
+    return held_out if held_out >= _LEAST_HELD_OUT else 0
 
 
 def check_batch(images: int, batch_size: int, world_size: int) -> None:

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from lightning_ptq import PTQError
-from lightning_ptq.cache import UnitCache, is_channels_last, mixed_seed, run_chunked
-from lightning_ptq.calibration import estimate_ranges
+from lightning_ptq.cache import UnitCache, is_channels_last, run_chunked
+from lightning_ptq.calibration import estimate_ranges, finish_unit
+from lightning_ptq.quantizers import act_quantizers, initial_ranges
+from lightning_ptq.seeds import mixed_seed
 from tests.helpers import tiny_images, tiny_module
 
 CPU = torch.device("cpu")
@@ -31,6 +33,25 @@ def test_every_cache_is_what_the_chain_gives(channels_last: bool) -> None:
                 assert is_channels_last(x) == channels_last
             if unit + 1 < len(module.student):
                 cache.advance(cache.student_out())
+
+
+def test_held_out_images_judge_a_unit() -> None:
+    """A unit that is perfect on the images that steps draw, and worse than its start on the others, is rolled back."""
+    module, images = tiny_module(), tiny_images(40)
+    estimate_ranges(module.student, images, module.quant, CPU, lambda t: t[None])
+    unit = module.student.units[0]
+    for held_out in (0, 4):
+        cache = UnitCache(module.teacher, module.student, images, CPU, on_device=True, held_out=held_out)
+        assert cache.drawn == 40 - held_out
+        for q in act_quantizers(unit):
+            q.log_scale.data.copy_(q.initial_log_scale + 0.5)
+        with torch.no_grad():
+            learned = unit(images)
+            with initial_ranges(unit):
+                cache.teacher_out = torch.cat([learned[:36], unit(images)[36:]])
+        report, out = finish_unit(cache, None, lambda x: x, 0.0)
+        assert report.accepted == (held_out == 0)
+        assert len(out) == 40
 
 
 def test_gradients_flow_through_cached_activations() -> None:

@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 
-from lightning_ptq.metrics import MeanRate, classes, mi_lower_bound, sqnr_db
+from lightning_ptq.losses.critic import projected
+from lightning_ptq.metrics import (
+    Information,
+    MeanRate,
+    alignment,
+    classes,
+    gaussian_mi,
+    mi_lower_bound,
+    sqnr_db,
+    uniformity,
+)
 
 
 def test_sqnr_of_known_noise() -> None:
@@ -33,6 +43,57 @@ def test_mi_bound_falls_with_noise_and_is_at_most_log_n() -> None:
     assert bounds == sorted(bounds, reverse=True)
     assert bounds[0] <= math.log(64)
     assert bounds[-1] < 1.0
+
+
+def correlated(n: int, d: int, rho: float, seed: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Rows of two Gaussians with correlation rho in each of d dimensions, mixed, and their mutual information."""
+    generator = torch.Generator().manual_seed(seed)
+    x, noise = torch.randn(2, n, d, generator=generator)
+    mix = torch.randn(d, d, generator=generator)
+    return x @ mix + 3.0, (rho * x + (1 - rho**2) ** 0.5 * noise) @ mix.T, -0.5 * d * math.log(1 - rho**2)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.6, 0.99])
+@pytest.mark.parametrize(("n", "d"), [(60, 8), (400, 3)])
+def test_gaussian_mi_is_unbiased_for_gaussians_beyond_log_n(n: int, d: int, rho: float) -> None:
+    draws = [correlated(n, d, rho, seed) for seed in range(200)]
+    estimates = torch.tensor([gaussian_mi(x, y) for x, y, _ in draws])
+    error = float(estimates.std()) / 200**0.5
+    assert abs(float(estimates.mean()) - draws[0][2]) < 4 * error
+    bounds = [mi_lower_bound(x - x.mean(0), y - y.mean(0)) for x, y, _ in draws[:20]]
+    assert sum(bounds) / 20 <= draws[0][2] + 0.05, "the bound is below the truth"
+
+
+def test_gaussian_mi_of_degenerate_rows() -> None:
+    x = torch.randn(50, 4)
+    assert math.isnan(gaussian_mi(x[:9], x[:9]))
+    assert gaussian_mi(x, x) > 20
+    assert not math.isfinite(gaussian_mi(torch.zeros(50, 4), x))
+
+
+def test_alignment_and_uniformity_against_loops() -> None:
+    a, b = torch.randn(6, 4), torch.randn(6, 4)
+    unit = [v / v.norm() for v in a]
+    pairs = [math.exp(-2 * float((unit[i] - unit[j]).square().sum())) for i in range(6) for j in range(i)]
+    assert uniformity(a) == pytest.approx(math.log(sum(pairs) / 15), abs=1e-5)
+    distances = [float((u - v / v.norm()).square().sum()) for u, v in zip(unit, b, strict=True)]
+    assert alignment(a, b) == pytest.approx(sum(distances) / 6, abs=1e-5)
+    assert alignment(a, 3 * a) == pytest.approx(0.0, abs=1e-6)
+    assert math.isnan(uniformity(a[:1]))
+
+
+def test_information_is_that_of_all_rows_whatever_the_batches() -> None:
+    teacher = torch.randn(40, 6, 5, 5)
+    student = teacher + 0.5 * torch.randn_like(teacher)
+    information = Information()
+    for part in (slice(0, 13), slice(13, 40)):
+        information.update(student[part], teacher[part])
+    values = information.compute()
+    x, y = projected(student), projected(teacher)
+    assert values["mi_lower_bound_nats"] == pytest.approx(mi_lower_bound(x, y))
+    assert values["mi_gaussian_nats"] == pytest.approx(gaussian_mi(x[:, :8], y[:, :8]))
+    assert values["alignment"] == pytest.approx(alignment(x - y.mean(0), y - y.mean(0)))
+    assert values["uniformity"] == pytest.approx(uniformity(x - y.mean(0)))
 
 
 def test_rates_count_over_batches() -> None:

@@ -79,8 +79,8 @@ def test_summary_json_has_every_field_and_real_values(fitted) -> None:
     assert summary["peak_rss_bytes"] > 2**20
     for unit in summary["units"]:
         assert set(unit) == {
-            "name", "mse_before", "mse_after", "sqnr_db", "mi_lower_bound_nats", "flipped_fraction", "accepted",
-            "seconds",
+            "name", "mse_before", "mse_after", "sqnr_db", "mi_lower_bound_nats", "mi_gaussian_nats", "alignment",
+            "uniformity", "flipped_fraction", "accepted", "seconds",
         }  # fmt: skip
         assert unit["seconds"] > 0
 

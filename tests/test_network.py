@@ -93,10 +93,10 @@ def test_a_small_rise_of_the_divergence_is_no_harm(with_network: PTQModule, fact
     images, teacher = tiny_images(40), module.teacher
     with torch.no_grad():
         head_in, features = teacher(images, stop=len(teacher) - 1), teacher(images)
-    cache = NetworkCache(module.student, images, head_in, features, torch.device("cpu"))
+    cache = NetworkCache(module.student, images, head_in, features, torch.device("cpu"), drawn=40)
     now = NetworkStart.of(cache, cache.student_out(), lambda x: x)
     before = NetworkStart(now.log_scales, factor * now.prediction, now.mse)
-    assert finish_network(cache, before, lambda x: x, 0.0).accepted == accepted
+    assert finish_network(cache, before, lambda x: x, 0.0)[0].accepted == accepted
 
 
 def test_the_report_holds_the_error_of_the_output(with_network: PTQModule) -> None:

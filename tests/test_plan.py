@@ -89,7 +89,7 @@ def test_the_whole_network_is_listed_if_it_is_calibrated() -> None:
     assert list(units_of(text))[-1] == "whole-network"
     with torch.no_grad():
         head_in = chains.teacher(images, stop=len(chains.teacher) - 1)
-        cache = NetworkCache(chains.student, images, head_in, chains.teacher(images), torch.device("cpu"))
+        cache = NetworkCache(chains.student, images, head_in, chains.teacher(images), torch.device("cpu"), 32)
     held = sum(t.nbytes for t in vars(cache).values() if isinstance(t, Tensor))
     assert units_of(text)["whole-network"] == ("5", 0, pytest.approx(held / 2**10, abs=0.06))
     assert "whole-network" not in plan(tiny_net())
