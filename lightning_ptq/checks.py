@@ -32,7 +32,9 @@ def check_settings(**values: float | None) -> None:
             if value < _LEAST[name]:
                 raise PTQError(f"{name}={value} is too small. Use {_LEAST[name]} or more.")
         elif name == "held_out" and not 0 <= value < 1:
-            raise PTQError(f"held_out={value} is no share below 1. The default is 0.1; 0 holds nothing out.")
+            raise PTQError(
+                f"held_out={value} is no share below 1. Use 0.1 for a tenth, or 0, the default, to hold nothing out."
+            )
         elif not 0 <= value < float("inf"):
             raise PTQError(f"{name}={value} must be a finite number that is not negative.")
 

@@ -113,7 +113,7 @@ class PTQModule(Evaluation):
         leaf_modules: Sequence[str] = (),
         terms: dict[str, Term] | None = None,
         cache: CachePolicy = "auto",
-        held_out: float = 0.1,
+        held_out: float = 0.0,
         seed: int | None = None,
     ) -> None:
         check_settings(

@@ -307,3 +307,24 @@ def test_nearest_with_contrastive_learns_nothing_either(tmp_path: Path) -> None:
 def test_a_device_without_float64_is_refused() -> None:
     with pytest.raises(PTQError, match="accelerator='mps'"):
         check_device(torch.device("mps"))
+
+
+def test_held_out_images_are_never_drawn_and_the_gap_is_reported(tmp_path: Path) -> None:
+    module, drawn = tiny_module(steps_per_unit=8, held_out=0.25), set[int]()
+
+    class Rows(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
+            drawn.update(batch.rows.tolist())
+
+    trainer(tmp_path, callbacks=[Rows()]).fit(module, datamodule=tiny_data())
+    images = module.session.image_count
+    assert drawn <= set(range(images - images // 4))
+    assert len(drawn) > images // 2
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    gap = summary["calibration_agreement"] - summary["teacher_agreement"]
+    assert summary["overfit_gap"] == pytest.approx(gap)
+
+
+def test_a_share_that_is_none_is_refused() -> None:
+    with pytest.raises(PTQError, match="held_out=1.5 is no share below 1"):
+        tiny_module(held_out=1.5)
