@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -326,5 +327,5 @@ def test_held_out_images_are_never_drawn_and_the_gap_is_reported(tmp_path: Path)
 
 
 def test_a_share_that_is_none_is_refused() -> None:
-    with pytest.raises(PTQError, match="held_out=1.5 is no share below 1"):
+    with pytest.raises(PTQError, match=r"held_out=1\.5 is no share below 1"):
         tiny_module(held_out=1.5)
