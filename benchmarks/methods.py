@@ -154,7 +154,8 @@ def in_process(settings: dict[str, Any], root: Path, threads: int) -> dict[str, 
 def run_missing(wanted: list[dict[str, Any]], out: Path, root: Path, threads: int, jobs: int) -> int:
     """Append to the CSV every wanted run that it lacks, `jobs` at a time; returns how many failed."""
     known = {key(row) for row in read(out)}
-    missing = [settings for settings in wanted if key(settings) not in known]
+    # By key: grids may share points.
+    missing = list({key(settings): settings for settings in wanted if key(settings) not in known}.values())
     failed = 0
     with ThreadPoolExecutor(jobs) as pool:
         running = {pool.submit(in_process, settings, root, threads): settings for settings in missing}

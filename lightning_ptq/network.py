@@ -126,6 +126,8 @@ def finish_network(cache: NetworkCache, start: NetworkStart, mean: Mean, seconds
 
 
 def _errors(cache: NetworkCache, out: Tensor, mean: Mean) -> tuple[float, float]:
-    out, target = out[cache.judged], cache.features[cache.judged]
+    # All rows where none are held out: each has its say about the network.
+    rows = slice(cache.drawn, None) if cache.drawn < len(cache.images) else slice(None)
+    out, target = out[rows], cache.features[rows]
     prediction, mse = mean(torch.stack([prediction_loss(out, target), reconstruction_loss(out, target)])).tolist()
     return prediction, mse

@@ -23,6 +23,7 @@ from lightning_ptq.network import NetworkCache, NetworkStart, finish_network
 from lightning_ptq.quantizers import weight_quantizers
 
 CachePolicy = Literal["auto", "device", "host"]
+# Fewer images than these judge by chance.
 _LEAST_HELD_OUT = 8
 CLOCKS = ("ranges", "calibration", "validation", "total")
 
