@@ -31,18 +31,30 @@ def trained(name: str, root: Path) -> nn.Module:
     return model.eval()
 
 
-def seconds_of_forward(model: nn.Module, images: torch.Tensor, repeats: int = 5) -> float:
-    """F: one float32 forward pass of the folded network over 1024 images in batches of 32; median of `repeats`."""
-    chain = build_chain(model, QuantConfig(), "net").teacher
-    batches = images[torch.arange(1024) % len(images)].split(32)
-    times = []
-    with torch.no_grad():
-        for _ in range(repeats):
-            start = time.perf_counter()
-            for batch in batches:
-                chain(batch)
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
+class Yardstick:
+    """F: seconds of one float32 forward pass of the folded network over 1024 images in batches of 32.
+
+    Machines change their speed within a run, so passes are taken all along it, and F is their median.
+    """
+
+    def __init__(self, model: nn.Module, images: torch.Tensor) -> None:
+        self.chain = build_chain(model, QuantConfig(), "net").teacher
+        self.batches = images[torch.arange(1024) % len(images)].split(32)
+        self.seconds: list[float] = []
+
+    def measure(self, passes: int = 1) -> None:
+        """Time so many passes."""
+        with torch.no_grad():
+            for _ in range(passes):
+                start = time.perf_counter()
+                for batch in self.batches:
+                    self.chain(batch)
+                self.seconds.append(time.perf_counter() - start)
+
+    @property
+    def f(self) -> float:
+        """Median of the passes taken."""
+        return statistics.median(self.seconds)
 
 
 def commit() -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.common import DEFAULT_ROOT, seconds_of_forward, trained
+from benchmarks.common import DEFAULT_ROOT, Yardstick, trained
 from lightning_ptq import ImageFolderData, QuantConfig
 from lightning_ptq.calibration import RANGE_IMAGES, estimate_ranges
 from lightning_ptq.functional import integer_range, qparams
@@ -77,9 +77,10 @@ def main() -> None:
         config = QuantConfig(weight_bits=int(bits[1]), act_bits=int(bits[3]))
         student = build_chain(model, config, "block").student
         tensors = tensors_of(student, images)
-        times: dict[str, list[float]] = {"f": [], "theirs": [], "ours": []}
+        yardstick = Yardstick(model, images)
+        times: dict[str, list[float]] = {"f": yardstick.seconds, "theirs": [], "ours": []}
         for _ in range(args.repeats):
-            times["f"].append(seconds_of_forward(model, images, repeats=1))
+            yardstick.measure()
             start = time.perf_counter()
             theirs = [search_batches(x, q_bits) for x, q_bits in tensors]
             times["theirs"].append(time.perf_counter() - start)

@@ -50,10 +50,10 @@ class _Quantized(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.weight_quantizer
-        if not (q.enabled and q.log_gain.requires_grad and torch.is_grad_enabled()):
+        if q.is_soft or not (q.enabled and q.log_gain.requires_grad and torch.is_grad_enabled()):
             return self.compute(x, *self.quantized())
-        # While gains are trained they act on the output: unlike the weight, it needs no gradient of its own, and that
-        # is a third of a convolution's arithmetic.
+        # Gains that are trained without the rounding act on the output: the weight then needs no gradient, and that is
+        # a third of a convolution's arithmetic.
         y = self.compute(x, q(self.weight, gain=False), None)
         shape = [-1 if dim == self.channel_dim % y.dim() else 1 for dim in range(y.dim())]
         bias = q.correct(self._parameters["bias"])

@@ -70,10 +70,12 @@ class PTQModule(Evaluation):
         critic: how that term is computed.
         steps_per_unit: optimisation steps for each unit.
         network_steps: optimisation steps of the last epoch, which calibrates the whole network (see `network.py`); 0
-            leaves it out, None takes a quarter of `steps_per_unit`.
+            leaves it out, None takes an eighth of `steps_per_unit`.
+        corrections: learn a gain of the quantized weights and a shift of the bias for each output channel: in the last
+            epoch, and in units whose activation scales are learned, together with these. Papers leave them out.
         batch_size: calibration images for each step, on each process.
         rounding_lr: learning rate of the weights' rounding; None follows `steps_per_unit`.
-        scale_lr: learning rate of the logarithm of activation scales; None follows `steps_per_unit`.
+        scale_lr: learning rate of the logarithm of activation scales and of corrections; None follows `steps_per_unit`.
         network_lr: learning rate of the last epoch; None follows `network_steps`.
         rounding_weight: weight of AdaRound's regulariser.
         granularity, input, rounding, scales, drop, weighting, prediction: coordinates of the method that differ from
@@ -98,6 +100,7 @@ class PTQModule(Evaluation):
         critic: ContrastiveConfig = ContrastiveConfig(),  # noqa: B008 (frozen)
         steps_per_unit: int = 2000,
         network_steps: int | None = None,
+        corrections: bool = True,
         batch_size: int = 32,
         rounding_lr: float | None = None,
         scale_lr: float | None = None,
@@ -144,7 +147,7 @@ class PTQModule(Evaluation):
         self.method_name, self.quant, self.critic = method, quant, critic
         self.contrastive = contrastive = contrastive and coordinates.learns
         self.model_name, self.rounding_weight = type(model).__name__, rounding_weight
-        self.held_out = held_out
+        self.held_out, self.corrections = held_out, corrections
         # What learns nothing needs no steps; one keeps Lightning's loop, and so validation and checkpoints, alive.
         self.steps_per_unit = steps_per_unit if self.method.learns else 1
         self.batch_size, self.cache_policy = batch_size, cache
@@ -161,15 +164,7 @@ class PTQModule(Evaluation):
         if contrastive:
             objective["contrastive"] = Contrastive(critic)
         self.objective = Objective(objective | (terms or {}), len(self.student))
-        # Nothing lies before the head of a single unit.
-        self.network_steps = 0
-        if self.method.learns and len(self.student) > 1:
-            self.network_steps = default_network_steps(self.steps_per_unit) if network_steps is None else network_steps
-        elif network_steps and self.method.learns:
-            raise PTQError(
-                f"network_steps={network_steps} needs two units or more, but granularity="
-                f"{self.method.granularity!r} cuts this network into one. Leave it out, or cut finer."
-            )
+        self.network_steps = self._network_steps(network_steps)
         self.network_lr = default_network_lr(max(self.network_steps, 1)) if network_lr is None else network_lr
         whole: dict[str, Term] = {"prediction": Prediction()}
         if contrastive:
@@ -185,6 +180,19 @@ class PTQModule(Evaluation):
         # Equal on all ranks by construction, and DDP wraps anew for every unit.
         self._ddp_params_and_buffers_to_ignore = [f"teacher.{name}" for name in self.teacher.state_dict()]
         self._select(None)
+
+    def _network_steps(self, asked: int | None) -> int:
+        """Steps of the last epoch, or 0 where it has nothing to learn or nothing before its head."""
+        if not (self.method.learns and (self.corrections or self.method.scales != "none")):
+            return 0
+        if len(self.student) == 1:
+            if asked:
+                raise PTQError(
+                    f"network_steps={asked} needs two units or more, but granularity={self.method.granularity!r} cuts "
+                    "this network into one. Leave it out, or cut finer."
+                )
+            return 0
+        return default_network_steps(self.steps_per_unit) if asked is None else asked
 
     # ---- Lightning's hooks, in the order in which a fit calls them ----
 
@@ -334,7 +342,8 @@ class PTQModule(Evaluation):
 
     def _unit_terms(self, unit: int, batch: Minibatch, step: int, progress: float) -> dict[str, Tensor]:
         rounding, scales = self.method.rate_factors(progress)
-        self._set_rates(rounding=rounding * self.rounding_lr, scales=scales * self.scale_lr)
+        scale_lr = scales * self.scale_lr
+        self._set_rates(rounding=rounding * self.rounding_lr, scales=scale_lr, corrections=scale_lr)
         self._drop.seed(mixed_seed(self.seed, self.global_rank), mixed_seed(self.seed, unit, step, self.global_rank))
         with recorded(self.student.units[unit]) as inner:
             student_out = self.student.units[unit](self._unit_input(batch))
@@ -442,28 +451,28 @@ class PTQModule(Evaluation):
         for q in act_quantizers(self.student):
             q.drop = None
         trained: list[nn.Parameter] = [self.anchor]
-        if unit == len(self.student):
-            for weight in weight_quantizers(self.student):
-                trained += [weight.log_gain, weight.bias_shift]
-        elif unit is not None:
-            trained += [q.alpha for q in weight_quantizers(self.student.units[unit]) if q.alpha is not None]
         if unit is not None:
-            acts = act_quantizers(self.student if unit == len(self.student) else self.student.units[unit])
+            whole = unit == len(self.student)
+            calibrated: nn.Module = self.student if whole else self.student.units[unit]
+            acts, weights = act_quantizers(calibrated), weight_quantizers(calibrated)
+            if not whole:
+                trained += [q.alpha for q in weights if q.alpha is not None]
             if self.method.scales != "none":
                 trained += [q.log_scale for q in acts]
+            if self.corrections and (whole or self.method.scales != "none"):
+                trained += [p for q in weights for p in (q.log_gain, q.bias_shift)]
             for q in acts:
-                q.drop = self._drop if unit < len(self.student) else None
+                q.drop = None if whole else self._drop
         for parameter in trained:
             parameter.requires_grad_(True)
         self._trained = trained
-        self._hold(unit)
+        self._hold(None if unit is None else calibrated)
 
-    def _hold(self, unit: int | None) -> None:
-        """Let the quantizers of `unit` keep what none of its steps changes."""
+    def _hold(self, calibrated: nn.Module | None) -> None:
+        """Let the quantizers of what is calibrated keep what none of its steps changes."""
         for q in weight_quantizers(self.student):
             q.release()
         self._drop.forget()
-        calibrated = self.student if unit == len(self.student) else None if unit is None else self.student.units[unit]
         layers = [] if calibrated is None else quantized_layers(calibrated)
         for _, layer in layers:
             layer.weight_quantizer.hold(layer.weight)
@@ -523,6 +532,7 @@ class PTQModule(Evaluation):
             "steps_per_unit": self.steps_per_unit,
             "network_steps": self.network_steps,
             "network_lr": self.network_lr,
+            "corrections": self.corrections,
             "batch_size": self.batch_size,
             "held_out": self.held_out,
             "rounding_lr": self.rounding_lr,

@@ -1,8 +1,9 @@
 """The last epoch: the whole network as one more unit.
 
 Unit by unit, each error is judged where it arises. What remains is judged at the output: activation scales and, for
-every channel of every layer, a gain on the quantized weights and a shift of the bias are trained together. None of it
-costs anything at inference, since gains go into the weights' scales and shifts into the biases.
+every channel of every layer, a gain on the quantized weights and a shift of the bias are trained together, from where
+the units left them. None of it costs anything at inference, since gains go into the weights' scales and shifts into the
+biases.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_ptq.cache import Minibatch, judged_rows, run_chunked, take
 from lightning_ptq.calibration import UnitReport, report
@@ -80,30 +81,34 @@ class NetworkStart:
     """Where the last epoch began, for the judgement at its end: what a checkpoint in its middle must hold.
 
     Attributes:
-        log_scales: of every activation quantizer, in order.
+        learned: copies of what the epoch trains, in the order of `_learned`, in host memory.
         prediction: `prediction_loss` of the student. mse: `reconstruction_loss` of its output.
     """
 
-    log_scales: list[float]
+    learned: list[Tensor]
     prediction: float
     mse: float
 
     @classmethod
     def of(cls, cache: NetworkCache, out: Tensor, mean: Mean) -> NetworkStart:
         """The student as it stands, whose output for the cache's images is `out`."""
-        log_scales = [float(q.log_scale.detach()) for q in act_quantizers(cache.student)]
-        return cls(log_scales, *_errors(cache, out, mean))
+        learned = [parameter.detach().cpu().clone() for parameter in _learned(cache.student)]
+        return cls(learned, *_errors(cache, out, mean))
 
     def restore(self, student: Chain) -> None:
         """Put `student` back."""
-        for act, log_scale in zip(act_quantizers(student), self.log_scales, strict=True):
-            act.log_scale.data.fill_(log_scale)
-        for weight in weight_quantizers(student):
-            weight.reset_corrections()
+        for parameter, saved in zip(_learned(student), self.learned, strict=True):
+            parameter.data.copy_(saved)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only."""
+        """Plain values and tensors only."""
         return asdict(self)
+
+
+def _learned(student: Chain) -> list[nn.Parameter]:
+    weights = weight_quantizers(student)
+    corrections = [parameter for q in weights for parameter in (q.log_gain, q.bias_shift)]
+    return [q.log_scale for q in act_quantizers(student)] + corrections
 
 
 def finish_network(cache: NetworkCache, start: NetworkStart, mean: Mean, seconds: float) -> tuple[UnitReport, Tensor]:

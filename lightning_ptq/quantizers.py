@@ -128,7 +128,7 @@ class WeightQuantizer(nn.Module):
     While gradients flow to `alpha` the rounding is soft (AdaRound's rectified sigmoid); otherwise it is hard. A fresh
     `alpha` rounds to nearest, so a network that has ranges but no calibration is the round-to-nearest baseline.
     Integers are decided on the grid of `scale`; `log_gain` then rescales them, and `bias_shift` moves the layer's
-    bias. Both are zero until the whole network is calibrated.
+    bias. Both start at zero.
 
     Args:
         shape: the weight's shape, output channels at `axis`.
@@ -206,7 +206,7 @@ class WeightQuantizer(nn.Module):
     @torch.no_grad()
     def hold(self, weight: Tensor) -> None:
         """Work out once what no step changes until `release`: as long as weight, scale and, if hard, alpha stay."""
-        if self.enabled and self._is_soft:
+        if self.enabled and self.is_soft:
             self._soft = self._soft_parts(weight)
         elif self.enabled:
             self._hard = self(weight, gain=False)
@@ -222,26 +222,28 @@ class WeightQuantizer(nn.Module):
         return h
 
     @property
-    def _is_soft(self) -> bool:
+    def is_soft(self) -> bool:
+        """Whether the rounding is being learned."""
         return self.alpha is not None and self.alpha.requires_grad and not self.nearest
 
     def _soft_parts(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """(low, step): the quantized weight is low + step * h. Beyond the grid's ends, step is 0: nothing to round."""
+        """(low, step): the weight is low + step * h before its gain. Beyond the grid's ends, step is 0."""
         down = (weight.float() / self.scale).floor() + self.zero_point
         inside = (down >= self.qmin) & (down < self.qmax)
-        low = F.dequantize(down.clamp(self.qmin, self.qmax), self.effective_scale, self.zero_point)
-        return low, self.effective_scale * inside
+        low = F.dequantize(down.clamp(self.qmin, self.qmax), self.scale, self.zero_point)
+        return low, self.scale * inside
 
     def forward(self, weight: Tensor, gain: bool = True) -> Tensor:
         """The weight as quantized now, in float32; `gain=False` leaves the learned gain to the caller."""
         if not self.enabled:
             return weight
         with F.in_float32(weight.device):
-            if self._is_soft and torch.is_grad_enabled():
+            if self.is_soft and torch.is_grad_enabled():
                 assert self.alpha is not None
                 low, step = self._soft or self._soft_parts(weight)
                 self._h = F.rectified_sigmoid(self.alpha)
-                return torch.addcmul(low, step, self._h)
+                soft = torch.addcmul(low, step, self._h)
+                return soft * self.log_gain.exp() if gain else soft
             if self._hard is not None and not gain:
                 return self._hard
             return F.dequantize(self.integers(weight), self.effective_scale if gain else self.scale, self.zero_point)

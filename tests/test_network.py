@@ -79,6 +79,27 @@ def test_adaround_learns_no_activation_scales_here_either(tmp_path: Path) -> Non
     assert any(q.log_gain.any() for q in weight_quantizers(module.student))
 
 
+@pytest.mark.parametrize(
+    ("changes", "in_units", "in_network"),
+    [({}, True, True), ({"method": "adaround"}, False, True), ({"corrections": False}, False, False)],
+)
+def test_corrections_are_learned_where_activation_scales_are(
+    tmp_path: Path, changes: dict[str, Any], in_units: bool, in_network: bool
+) -> None:
+    for steps, expected in ((0, in_units), (20, in_network)):
+        module = fitted(tmp_path / str(steps), network_steps=steps, **changes)
+        for _, layer in quantized_layers(module.student):
+            q = layer.weight_quantizer
+            assert bool(q.log_gain.any()) == expected
+            assert bool(q.bias_shift.any()) == expected
+
+
+def test_without_corrections_the_last_epoch_learns_activation_scales(tmp_path: Path) -> None:
+    before = quantization_state(fitted(tmp_path / "units", corrections=False, network_steps=0))
+    after = quantization_state(fitted(tmp_path / "all", corrections=False, network_steps=20))
+    assert {key.rsplit(".", 1)[1] for key in before if not torch.equal(before[key], after[key])} == {"log_scale"}
+
+
 def test_harm_is_undone(tmp_path: Path, units_only: PTQModule, capsys: pytest.CaptureFixture[str]) -> None:
     module = fitted(tmp_path, network_steps=10, network_lr=30.0)
     assert not module.reports[-1].accepted
@@ -95,7 +116,7 @@ def test_a_small_rise_of_the_divergence_is_no_harm(with_network: PTQModule, fact
         head_in, features = teacher(images, stop=len(teacher) - 1), teacher(images)
     cache = NetworkCache(module.student, images, head_in, features, torch.device("cpu"), drawn=40)
     now = NetworkStart.of(cache, cache.student_out(), lambda x: x)
-    before = NetworkStart(now.log_scales, factor * now.prediction, now.mse)
+    before = NetworkStart(now.learned, factor * now.prediction, now.mse)
     assert finish_network(cache, before, lambda x: x, 0.0)[0].accepted == accepted
 
 
@@ -114,8 +135,9 @@ def test_contrastive_joins_and_is_balanced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "steps"),
     [
-        ({}, 10),
+        ({}, 5),
         ({"steps_per_unit": 3}, 1),
+        ({"method": "adaround", "corrections": False}, 0),
         ({"network_steps": 7}, 7),
         ({"network_steps": 0}, 0),
         ({"method": "nearest"}, 0),
