@@ -6,6 +6,7 @@ A quantizer with `bits` maps a real x to the integer clamp(round(x / scale) + ze
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -136,31 +137,64 @@ def _in_memory_order(x: Tensor) -> Tensor:
 
 def rectified_sigmoid(alpha: Tensor) -> Tensor:
     """AdaRound's h(alpha) in [0, 1]: how far each weight is rounded up (Nagel et al. 2020, eq. 23)."""
-    result: Tensor = _RectifiedSigmoid.apply(alpha)
+    return _stretch(alpha.sigmoid())
+
+
+def soft_round(alpha: Tensor, low: Tensor, step: Tensor, log_gain: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight whose rounding is being learned, and how far each element of it is rounded up.
+
+    Args:
+        alpha, low: shape of the weight.
+        step: broadcasts against it; the weight is (low + step * h) * exp(log_gain) with h = rectified_sigmoid(alpha).
+        log_gain: broadcasts against it too.
+
+    Returns:
+        (weight, h), both with gradients to `alpha`; that to `log_gain` flows through the weight.
+    """
+    result: tuple[Tensor, Tensor] = _SoftRound.apply(alpha, low, step, log_gain)
     return result
 
 
-class _RectifiedSigmoid(torch.autograd.Function):
-    """clamp((zeta - gamma) * sigmoid(alpha) + gamma, 0, 1) with a gradient of three passes and no masks."""
+class _SoftRound(torch.autograd.Function):
+    """One node of the graph where operation by operation there would be five, each with its own overhead."""
 
     @staticmethod
-    def forward(ctx: Any, alpha: Tensor) -> Tensor:
-        sigmoid = alpha.sigmoid()
-        ctx.save_for_backward(sigmoid)
-        return (sigmoid * (ZETA - GAMMA)).add_(GAMMA).clamp_(0.0, 1.0)
+    def forward(ctx: Any, alpha: Tensor, low: Tensor, step: Tensor, log_gain: Tensor) -> tuple[Tensor, Tensor]:
+        sigmoid, gain = alpha.sigmoid(), log_gain.exp()
+        h = _stretch(sigmoid)
+        weight = torch.addcmul(low, step, h).mul_(gain)
+        ctx.save_for_backward(sigmoid, step, gain, weight)
+        ctx.set_materialize_grads(False)
+        return weight, h
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (sigmoid,) = ctx.saved_tensors
+    def backward(ctx: Any, grad_weight: Tensor | None, grad_h: Tensor | None) -> tuple[Tensor | None, ...]:
+        sigmoid, step, gain, weight = ctx.saved_tensors
+        grad_gain, grad = None, grad_h
+        if grad_weight is not None:
+            if ctx.needs_input_grad[3]:
+                grad_gain = (grad_weight * weight).sum_to_size(gain.shape)
+            grad = (grad_weight * gain).mul_(step)
+            if grad_h is not None:
+                grad.add_(grad_h)
+        if grad is None:
+            return None, None, None, None
         low, high = -GAMMA / (ZETA - GAMMA), (1.0 - GAMMA) / (ZETA - GAMMA)
-        grad = torch.ops.aten.hardtanh_backward(grad, sigmoid, low, high)
-        grad = torch.ops.aten.sigmoid_backward(grad, sigmoid)
-        return grad.mul_(ZETA - GAMMA)
+        grad = torch.ops.aten.hardtanh_backward(grad, sigmoid, low, high)  # 0 where h is clamped
+        return torch.ops.aten.sigmoid_backward(grad, sigmoid).mul_(ZETA - GAMMA), None, None, grad_gain
 
 
-def undecided(h: Tensor, beta: float) -> Tensor:
-    """sum(1 - |2 h - 1| ** beta): zero where every h is 0 or 1 (Nagel et al. 2020, eq. 24). Scalar out."""
-    result: Tensor = _Undecided.apply(h, beta)
+def _stretch(sigmoid: Tensor) -> Tensor:
+    return (sigmoid * (ZETA - GAMMA)).add_(GAMMA).clamp_(0.0, 1.0)
+
+
+def undecided(roundings: Sequence[Tensor], beta: float) -> Tensor:
+    """sum(1 - |2 h - 1| ** beta) over all elements: zero where every h is 0 or 1 (Nagel et al. 2020, eq. 24).
+
+    Args:
+        roundings: tensors of any shapes, one at least. Scalar out.
+    """
+    result: Tensor = _Undecided.apply(beta, *roundings)
     return result
 
 
@@ -168,18 +202,23 @@ class _Undecided(torch.autograd.Function):
     """One power for value and gradient together: it is the dearest operation on a weight."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, beta: float) -> Tensor:
-        u = (h * 2.0).sub_(1.0)
-        magnitude = u.abs()
-        power = magnitude.pow(beta - 1.0)
-        ctx.save_for_backward(u, power)
+    def forward(ctx: Any, beta: float, *roundings: Tensor) -> Tensor:
+        saved, sums = [], []
+        for h in roundings:
+            u = (h * 2.0).sub_(1.0)
+            magnitude = u.abs()
+            power = magnitude.pow(beta - 1.0)
+            saved += [u, power]
+            sums.append(h.numel() - dot(power, magnitude))
+        ctx.save_for_backward(*saved)
         ctx.beta = beta
-        return h.numel() - dot(power, magnitude)
+        return sum(sums[1:], sums[0])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        u, power = ctx.saved_tensors
-        return torch.copysign(power, u).mul_(-2.0 * ctx.beta * grad), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        factor, saved = grad * (-2.0 * ctx.beta), ctx.saved_tensors
+        pairs = zip(saved[::2], saved[1::2], strict=True)
+        return None, *(torch.copysign(power, u).mul_(factor) for u, power in pairs)
 
 
 def inverse_rectified_sigmoid(h: Tensor) -> Tensor:

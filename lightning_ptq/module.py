@@ -286,7 +286,7 @@ class PTQModule(Evaluation):
         if interval and (batch_idx + 1) % interval == 0:
             self.log_dict(terms, prog_bar=True, logger=False)
             self.log_dict({f"units/{name}/{term}": value for term, value in terms.items()})
-        return torch.stack(list(terms.values())).sum() + 0.0 * self.anchor
+        return sum(terms.values(), 0.0 * self.anchor)
 
     def on_validation_start(self) -> None:
         """Inside `fit`, judge a unit whose steps are done before it is validated."""

@@ -234,16 +234,15 @@ class WeightQuantizer(nn.Module):
         return low, self.scale * inside
 
     def forward(self, weight: Tensor, gain: bool = True) -> Tensor:
-        """The weight as quantized now, in float32; `gain=False` leaves the learned gain to the caller."""
+        """The weight as quantized now, in float32; `gain=False` leaves the gain of a hard weight to the caller."""
         if not self.enabled:
             return weight
         with F.in_float32(weight.device):
             if self.is_soft and torch.is_grad_enabled():
                 assert self.alpha is not None
                 low, step = self._soft or self._soft_parts(weight)
-                self._h = F.rectified_sigmoid(self.alpha)
-                soft = torch.addcmul(low, step, self._h)
-                return soft * self.log_gain.exp() if gain else soft
+                soft, self._h = F.soft_round(self.alpha, low, step, self.log_gain)
+                return soft
             if self._hard is not None and not gain:
                 return self._hard
             return F.dequantize(self.integers(weight), self.effective_scale if gain else self.scale, self.zero_point)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from lightning_ptq import functional as F
 
@@ -78,19 +79,37 @@ def test_rectified_sigmoid_is_inverted() -> None:
     assert F.rectified_sigmoid(torch.tensor([-50.0, 50.0])).tolist() == [0.0, 1.0]
 
 
-def test_rounding_functions_have_the_gradients_of_their_formulas() -> None:
-    alpha = torch.linspace(-4.0, 4.0, 15, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(F.rectified_sigmoid, (alpha,))
+def test_the_regulariser_has_the_value_and_gradient_of_its_formula() -> None:
     h = torch.linspace(0.01, 0.99, 12, dtype=torch.float64, requires_grad=True)
+    other = torch.tensor([[0.3, 0.8]], dtype=torch.float64, requires_grad=True)
     for beta in (2.0, 3.7, 20.0):
-        assert torch.autograd.gradcheck(lambda h, b=beta: F.undecided(h, b), (h,))
-        formula = sum(1 - abs(2 * v - 1) ** beta for v in h.tolist())
-        assert float(F.undecided(h.detach(), beta)) == pytest.approx(formula)
+        assert torch.autograd.gradcheck(lambda *hs, b=beta: F.undecided(hs, b), (h, other))
+        formula = sum(1 - abs(2 * v - 1) ** beta for v in [*h.tolist(), *other.flatten().tolist()])
+        assert float(F.undecided([h.detach(), other.detach()], beta)) == pytest.approx(formula)
+
+
+@pytest.mark.parametrize("gains", [(3, 1), (1, 1)])
+def test_soft_rounding_has_the_values_and_gradients_of_its_formula(gains: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    alpha = torch.linspace(-4.0, 4.0, 15, dtype=torch.float64).view(3, 5).requires_grad_()
+    low, step = (torch.randn(3, 5, dtype=torch.float64, generator=generator) for _ in range(2))
+    log_gain = torch.randn(gains, dtype=torch.float64, generator=generator).requires_grad_()
+
+    def both(alpha: Tensor, log_gain: Tensor) -> tuple[Tensor, Tensor]:
+        return F.soft_round(alpha, low, step, log_gain)
+
+    weight, h = both(alpha, log_gain)
+    torch.testing.assert_close(h, (1.2 * alpha.sigmoid() - 0.1).clamp(0, 1))
+    torch.testing.assert_close(weight, (low + step * h) * log_gain.exp())
+    assert torch.autograd.gradcheck(both, (alpha, log_gain))
+    # Either output alone.
+    assert torch.autograd.gradcheck(lambda *args: both(*args)[0], (alpha, log_gain))
+    assert torch.autograd.gradcheck(lambda a: both(a, log_gain)[1], (alpha,))
 
 
 def test_decided_rounding_costs_nothing() -> None:
-    assert float(F.undecided(F.rectified_sigmoid(torch.tensor([-20.0, 20.0])), 2.0)) == 0.0
-    assert float(F.undecided(F.rectified_sigmoid(torch.zeros(3)), 7.0)) == pytest.approx(3.0)
+    assert float(F.undecided([F.rectified_sigmoid(torch.tensor([-20.0, 20.0]))], 2.0)) == 0.0
+    assert float(F.undecided([F.rectified_sigmoid(torch.zeros(3))], 7.0)) == pytest.approx(3.0)
 
 
 def test_dot_is_the_sum_of_products_in_any_layout() -> None:

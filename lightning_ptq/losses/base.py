@@ -124,7 +124,7 @@ class Objective(nn.Module):
                     reference = value
                 elif term.rho is not None:
                     value = value * self._weight(i, term, value, reference, batch)
-                result[name] = value * term.every
+                result[name] = value * term.every if term.every > 1 else value
         return result
 
     def forget(self) -> None:

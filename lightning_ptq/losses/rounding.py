@@ -31,4 +31,4 @@ class RoundingRegularizer(Term):
         beta = annealed_beta(batch.progress)
         if beta is None or not batch.roundings:
             return torch.zeros((), device=batch.student_out.device)
-        return self.weight * torch.stack([undecided(h, beta) for h in batch.roundings]).sum()
+        return self.weight * undecided(batch.roundings, beta)
