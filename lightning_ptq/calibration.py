@@ -44,7 +44,7 @@ class UnitReport:
     uniformity: float
     flipped_fraction: float
     accepted: bool
-    seconds: float
+    seconds: float = 0.0  # of steps and judgement, which the session measures
 
     def to_dict(self) -> dict[str, object]:
         """Plain values only."""
@@ -108,7 +108,7 @@ def _run_unit(unit: nn.Module, x: Tensor, name: str) -> Tensor:
 
 
 def finish_unit(
-    cache: UnitCache, importance: Tensor | None, mean: Callable[[Tensor], Tensor], seconds: float
+    cache: UnitCache, importance: Tensor | None, mean: Callable[[Tensor], Tensor]
 ) -> tuple[UnitReport, Tensor]:
     """Judge the cache's unit, roll it back where calibration did harm, and say what happened.
 
@@ -132,7 +132,7 @@ def finish_unit(
     if not accepted:
         restore_initial(unit)
         out, after = cache.student_out(), before
-    return report(name, unit, out[rows], target, (before, after), accepted, seconds, mean), out
+    return report(name, unit, out[rows], target, (before, after), accepted, mean), out
 
 
 def report(
@@ -142,7 +142,6 @@ def report(
     target: Tensor,
     errors: tuple[float, float],
     accepted: bool,
-    seconds: float,
     mean: Callable[[Tensor], Tensor],
 ) -> UnitReport:
     """The report on `unit`, whose output is `out` where the teacher's is `target`; `errors` are before and after."""
@@ -159,7 +158,6 @@ def report(
         **information.compute(),
         flipped_fraction=flipped / max(weights, 1),
         accepted=accepted,
-        seconds=seconds,
     )
 
 

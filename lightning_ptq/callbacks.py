@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_ptq.checks import check_run_folder, run_folder
@@ -76,7 +77,8 @@ class UnitTQDMBar(TQDMProgressBar):
 class UnitCheckpoint(ModelCheckpoint):
     """`last.ckpt` after every unit, after it was judged, and where a fit is stopped in the middle of one.
 
-    Only the newest is kept: it holds all that the earlier ones hold.
+    Only the newest is kept: it holds all that the earlier ones hold. It is saved explicitly: with `save_top_k=0`
+    Lightning itself saves nothing before training ends.
     """
 
     def __init__(self) -> None:
@@ -85,16 +87,23 @@ class UnitCheckpoint(ModelCheckpoint):
         )
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Save if the loop ends here by max_steps, max_time or a signal: after it, the epoch counts as done."""
-        loop = trainer.fit_loop.epoch_loop
+        """Save where the loop ends by max_steps, max_time or a signal, since after it the epoch counts as done, and
+        before a validation, any of whose images may be broken."""
         stops = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
-        if stops and not loop.batch_progress.is_last_batch and not self._should_skip_saving_checkpoint(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        every = trainer.check_val_every_n_epoch
+        validates = trainer.enable_validation and every is not None and (trainer.current_epoch + 1) % every == 0
+        if validates if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch else stops:
+            self._save(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save unless the unit was stopped in its middle, which a resumed run would then skip."""
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            super().on_train_epoch_end(trainer, pl_module)
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if fitting and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
 class StepCheckpoint(ModelCheckpoint):

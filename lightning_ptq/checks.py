@@ -54,6 +54,11 @@ def check_trainer(trainer: L.Trainer) -> None:
         raise PTQError(
             f"precision={trainer.precision!r} would round the scales themselves. Use one of {', '.join(_PRECISIONS)}."
         )
+    if trainer.precision == "16-mixed" and trainer.gradient_clip_val:
+        raise PTQError(
+            f"gradient_clip_val={trainer.gradient_clip_val} can't be had with precision='16-mixed', whose optimizer "
+            "unscales gradients itself. Leave it out: Adam's steps do not grow with gradients."
+        )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
             raise PTQError(

@@ -50,7 +50,7 @@ class _Quantized(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.weight_quantizer
-        if q.is_soft or not (q.enabled and q.log_gain.requires_grad and torch.is_grad_enabled()):
+        if q.is_soft or q.nearest or not (q.enabled and q.log_gain.requires_grad and torch.is_grad_enabled()):
             return self.compute(x, *self.quantized())
         # Gains that are trained without the rounding act on the output: the weight then needs no gradient, and that is
         # a third of a convolution's arithmetic.

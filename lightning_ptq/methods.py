@@ -38,6 +38,8 @@ class Method:
             of the unit.
         weighting: the channels of a unit's output count alike in the reconstruction loss ("equal"), or by how much
             the network's output depends on them ("fisher", see `importance.py`).
+        corrections: a gain of the quantized weights and a shift of the bias are learned for each output channel: in
+            units together with activation scales, and in the epoch of the whole network.
         prediction: gradient of the prediction difference (PD-Quant) at the unit's output, relative to that of the
             reconstruction; 0 leaves the term out.
 
@@ -51,6 +53,7 @@ class Method:
     scales: ScaleLearning = "none"
     drop: float = 0.0
     weighting: Weighting = "equal"
+    corrections: bool = False
     prediction: float = 0.0
 
     def __post_init__(self) -> None:
@@ -68,8 +71,13 @@ class Method:
 
     @property
     def learns(self) -> bool:
-        """Whether there is anything to optimise."""
+        """Whether there is anything to optimise in a unit."""
         return self.rounding != "nearest" or self.scales != "none"
+
+    @property
+    def learns_network(self) -> bool:
+        """Whether there is anything to optimise in the whole network, behind its units."""
+        return self.scales != "none" or (self.learns and self.corrections)
 
     def rate_factors(self, progress: float) -> tuple[float, float]:
         """Multipliers of the (rounding, scale) learning rates at `progress` in [0, 1) of a unit's steps."""
@@ -86,12 +94,14 @@ class Method:
         return min(progress / _AFTER, 1.0) if self.scales == "after" else progress
 
 
+# As the papers have them, except for corrections.
+_QDROP = Method(input="mix", rounding="adaround", scales="joint", drop=0.5, weighting="fisher", corrections=True)
 METHODS: dict[str, Method] = {
     "nearest": Method(),
-    "adaround": Method(granularity="layer", rounding="adaround"),
-    "brecq": Method(rounding="adaround", scales="after", weighting="fisher"),
-    "qdrop": Method(input="mix", rounding="adaround", scales="joint", drop=0.5, weighting="fisher"),
-    "pdquant": Method(input="mix", rounding="adaround", scales="joint", drop=0.5, weighting="fisher", prediction=0.1),
+    "adaround": Method(granularity="layer", rounding="adaround", corrections=True),
+    "brecq": Method(rounding="adaround", scales="after", weighting="fisher", corrections=True),
+    "qdrop": _QDROP,
+    "pdquant": replace(_QDROP, prediction=0.1),
 }
 
 
@@ -104,6 +114,7 @@ def get_method(
     scales: ScaleLearning | None = None,
     drop: float | None = None,
     weighting: Weighting | None = None,
+    corrections: bool | None = None,
     prediction: float | None = None,
 ) -> Method:
     """The preset called `name`, with the coordinates that are given replaced.
@@ -119,6 +130,7 @@ def get_method(
         "scales": scales,
         "drop": drop,
         "weighting": weighting,
+        "corrections": corrections,
         "prediction": prediction,
     }
     return replace(METHODS[name], **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]

@@ -22,11 +22,6 @@ def signal_and_noise(student: Tensor, teacher: Tensor) -> Tensor:
     return torch.stack([teacher.square().sum(), (student - teacher).square().sum()])
 
 
-def sqnr_db(student: Tensor, teacher: Tensor) -> float:
-    """Signal to quantization-noise ratio in decibels, 10 log10(sum t^2 / sum (s - t)^2)."""
-    return decibels(*signal_and_noise(student, teacher).tolist())
-
-
 def decibels(signal: float, noise: float) -> float:
     """Signal to noise ratio 10 log10(signal / noise); inf without noise, -inf with noise alone."""
     if noise == 0.0:

@@ -70,16 +70,14 @@ class PTQModule(Evaluation):
         critic: how that term is computed.
         steps_per_unit: optimisation steps for each unit.
         network_steps: optimisation steps of the last epoch, which calibrates the whole network (see `network.py`); 0
-            leaves it out, None takes an eighth of `steps_per_unit`.
-        corrections: learn a gain of the quantized weights and a shift of the bias for each output channel: in the last
-            epoch, and in units whose activation scales are learned, together with these. Papers leave them out.
+            leaves it out, None takes an eighth of `steps_per_unit`, or 0 where there is nothing to learn.
         batch_size: calibration images for each step, on each process.
         rounding_lr: learning rate of the weights' rounding; None follows `steps_per_unit`.
         scale_lr: learning rate of the logarithm of activation scales and of corrections; None follows `steps_per_unit`.
         network_lr: learning rate of the last epoch; None follows `network_steps`.
         rounding_weight: weight of AdaRound's regulariser.
-        granularity, input, rounding, scales, drop, weighting, prediction: coordinates of the method that differ from
-            the preset.
+        granularity, input, rounding, scales, drop, weighting, corrections, prediction: coordinates of the method that
+            differ from the preset.
         leaf_modules: name patterns of modules that are not traced and stay in floating point.
         terms: further loss terms of units by name; they do not join the last epoch.
         cache: where activations are kept: on the "device", on the "host", or "auto": on the device if they fit.
@@ -100,7 +98,6 @@ class PTQModule(Evaluation):
         critic: ContrastiveConfig = ContrastiveConfig(),  # noqa: B008 (frozen)
         steps_per_unit: int = 2000,
         network_steps: int | None = None,
-        corrections: bool = True,
         batch_size: int = 32,
         rounding_lr: float | None = None,
         scale_lr: float | None = None,
@@ -112,6 +109,7 @@ class PTQModule(Evaluation):
         scales: ScaleLearning | None = None,
         drop: float | None = None,
         weighting: Weighting | None = None,
+        corrections: bool | None = None,
         prediction: float | None = None,
         leaf_modules: Sequence[str] = (),
         terms: dict[str, Term] | None = None,
@@ -137,6 +135,7 @@ class PTQModule(Evaluation):
             scales=scales,
             drop=drop,
             weighting=weighting,
+            corrections=corrections,
             prediction=prediction,
         )
         chains = build_chain(
@@ -147,7 +146,7 @@ class PTQModule(Evaluation):
         self.method_name, self.quant, self.critic = method, quant, critic
         self.contrastive = contrastive = contrastive and coordinates.learns
         self.model_name, self.rounding_weight = type(model).__name__, rounding_weight
-        self.held_out, self.corrections = held_out, corrections
+        self.held_out = held_out
         # What learns nothing needs no steps; one keeps Lightning's loop, and so validation and checkpoints, alive.
         self.steps_per_unit = steps_per_unit if self.method.learns else 1
         self.batch_size, self.cache_policy = batch_size, cache
@@ -183,16 +182,16 @@ class PTQModule(Evaluation):
 
     def _network_steps(self, asked: int | None) -> int:
         """Steps of the last epoch, or 0 where it has nothing to learn or nothing before its head."""
-        if not (self.method.learns and (self.corrections or self.method.scales != "none")):
-            return 0
-        if len(self.student) == 1:
-            if asked:
-                raise PTQError(
-                    f"network_steps={asked} needs two units or more, but granularity={self.method.granularity!r} cuts "
-                    "this network into one. Leave it out, or cut finer."
-                )
-            return 0
-        return default_network_steps(self.steps_per_unit) if asked is None else asked
+        if self.method.learns_network and len(self.student) > 1:
+            return default_network_steps(self.steps_per_unit) if asked is None else asked
+        if asked and self.method.learns:
+            reason = (
+                f"needs two units or more, but granularity={self.method.granularity!r} cuts this network into one"
+                if self.method.learns_network
+                else "has nothing to learn with scales='none' and corrections=False"
+            )
+            raise PTQError(f"network_steps={asked} {reason}. Leave it out, or change that.")
+        return 0
 
     # ---- Lightning's hooks, in the order in which a fit calls them ----
 
@@ -283,17 +282,18 @@ class PTQModule(Evaluation):
         else:
             terms = self._unit_terms(unit, batch, batch_idx, progress)
         interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if interval and (batch_idx + 1) % interval == 0:
+        steps = batch_idx + 1
+        if interval and (steps % interval == 0 or steps == self.trainer.num_training_batches):
             self.log_dict(terms, prog_bar=True, logger=False)
-            self.log_dict({f"units/{name}/{term}": value for term, value in terms.items()})
+            self._log(name, {term: float(value.detach()) for term, value in terms.items()})
         return sum(terms.values(), 0.0 * self.anchor)
 
     def on_validation_start(self) -> None:
         """Inside `fit`, judge a unit whose steps are done before it is validated."""
-        self._validation_clock = time.monotonic()
         self._check_ranges()
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self._finish_if_done()
+        self._validation_clock = time.monotonic()
 
     def on_validation_end(self) -> None:
         """Account for the time that validation took."""
@@ -319,7 +319,7 @@ class PTQModule(Evaluation):
         checkpoint["lightning_ptq"] = {
             "model": self._model_digest,
             "structure": self._structure(),
-            "settings": self._settings(),
+            "settings": self._settings() | self._environment(),
             "session": self.session.state(),
         }
 
@@ -334,7 +334,7 @@ class PTQModule(Evaluation):
                 "the checkpoint belongs to a model with other weights. Give the weights that it was calibrated from."
             )
         if self._trainer is not None and self.trainer.state.fn == "fit":
-            check_same(saved["settings"], self._settings(), "calibration setting")
+            check_same(saved["settings"], self._settings() | self._environment(), "calibration setting")
         self.session.load_state(saved["session"])
         checkpoint["state_dict"].update({f"teacher.{k}": v for k, v in self.teacher.state_dict().items()})
 
@@ -439,9 +439,12 @@ class PTQModule(Evaluation):
         """Judge `unit` if it was not yet, and log what its report says."""
         report = self.session.finish(unit)
         if report is not None:
-            numbers = {k: v for k, v in report.to_dict().items() if isinstance(v, float)}
-            for logger in self.loggers:
-                logger.log_metrics({f"units/{report.name}/{k}": v for k, v in numbers.items()}, step=self.global_step)
+            self._log(report.name, {k: v for k, v in report.to_dict().items() if isinstance(v, float)})
+
+    def _log(self, name: str, numbers: dict[str, float]) -> None:
+        """To the loggers at once: `self.log` would wait for a step that `log_every_n_steps` divides."""
+        for logger in self.loggers:
+            logger.log_metrics({f"units/{name}/{key}": value for key, value in numbers.items()}, step=self.global_step)
 
     def _select(self, unit: int | None) -> None:
         """Train and drop in `unit` only, or nowhere. The teacher, weights and other units never require gradients."""
@@ -459,7 +462,7 @@ class PTQModule(Evaluation):
                 trained += [q.alpha for q in weights if q.alpha is not None]
             if self.method.scales != "none":
                 trained += [q.log_scale for q in acts]
-            if self.corrections and (whole or self.method.scales != "none"):
+            if self.method.corrections and (whole or self.method.scales != "none"):
                 trained += [p for q in weights for p in (q.log_gain, q.bias_shift)]
             for q in acts:
                 q.drop = None if whole else self._drop
@@ -519,6 +522,10 @@ class PTQModule(Evaluation):
         """Settings that decide which parameters there are and what they mean."""
         return self.quant.to_dict() | {"granularity": self.method.granularity, "rounding": self.method.rounding}
 
+    def _environment(self) -> dict[str, Any]:
+        """What else a resumed run must share to end with the same parameters."""
+        return {"processes": self.trainer.world_size, "precision": self.trainer.precision}
+
     def _settings(self) -> dict[str, Any]:
         """Settings that decide how calibration proceeds."""
         return {
@@ -527,12 +534,12 @@ class PTQModule(Evaluation):
             "scales": self.method.scales,
             "drop": self.method.drop,
             "weighting": self.method.weighting,
+            "corrections": self.method.corrections,
             "prediction": self.method.prediction,
             "contrastive": self.contrastive,
             "steps_per_unit": self.steps_per_unit,
             "network_steps": self.network_steps,
             "network_lr": self.network_lr,
-            "corrections": self.corrections,
             "batch_size": self.batch_size,
             "held_out": self.held_out,
             "rounding_lr": self.rounding_lr,

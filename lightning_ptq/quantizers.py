@@ -243,7 +243,7 @@ class WeightQuantizer(nn.Module):
                 low, step = self._soft or self._soft_parts(weight)
                 soft, self._h = F.soft_round(self.alpha, low, step, self.log_gain)
                 return soft
-            if self._hard is not None and not gain:
+            if self._hard is not None and not gain and not self.nearest:
                 return self._hard
             return F.dequantize(self.integers(weight), self.effective_scale if gain else self.scale, self.zero_point)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -158,21 +158,22 @@ class Session:
             return None
         assert self._world is not None
         assert self._unit_clock is not None
-        mean, seconds = self._world.mean, time.monotonic() - self._unit_clock
+        mean = self._world.mean
         if isinstance(self.cache, NetworkCache):
             assert self._network_start is not None
-            report, out = finish_network(self.cache, self._network_start, mean, seconds)
+            report, out = finish_network(self.cache, self._network_start, mean)
         else:
-            report, out = finish_unit(self.cache, self.importance_of(unit), mean, seconds)
+            report, out = finish_unit(self.cache, self.importance_of(unit), mean)
             self._student_out = out
-        self.reports.append(report)
+        seconds = time.monotonic() - self._unit_clock
+        self.reports.append(replace(report, seconds=seconds))
         if unit >= len(self.student) - 1:  # the output is the network's
             drawn, cache = slice(self.cache.drawn), self.cache
             agreed = (classes(out[drawn]) == classes(cache.features[drawn])).float().mean()
             self.calibration_agreement = 100.0 * float(mean(agreed))
         self.wall_seconds["calibration"] += seconds
         self._unit_clock = time.monotonic()
-        return report
+        return self.reports[-1]
 
     @property
     def opened(self) -> UnitCache | NetworkCache:
@@ -211,7 +212,9 @@ class Session:
     def _open(self, data: Images, world: World) -> UnitCache:
         """Check the images, estimate ranges if there are none yet, weigh channels, and cache the first unit."""
         images, on_device = self._checked_images(data, world)
-        held_out = held_out_of(len(images), data.held_out, data.batch_size)
+        # The same number everywhere: processes with and without images that judge would judge differently.
+        least = int(world.gather(torch.tensor([len(images)])).min())
+        held_out = held_out_of(least, data.held_out, data.batch_size)
         share = min(-(-RANGE_IMAGES // world.size), len(images) - held_out)
         if not all(q.enabled for q in weight_quantizers(self.student)):
             start = time.monotonic()

@@ -56,6 +56,7 @@ def stub_trainer(**changes: Any) -> Any:
     usual = {
         "strategy": object.__new__(SingleDeviceStrategy),
         "precision": "32-true",
+        "gradient_clip_val": None,
         "callbacks": [],
         "datamodule": tiny_data(),
     }
@@ -65,6 +66,12 @@ def stub_trainer(**changes: Any) -> Any:
 def test_an_ordinary_trainer_passes() -> None:
     check_trainer(stub_trainer())
     check_trainer(stub_trainer(strategy=DDPStrategy(), precision="16-mixed"))
+    check_trainer(stub_trainer(gradient_clip_val=1.0))
+
+
+def test_clipping_that_the_optimizer_can_not_do_is_refused() -> None:
+    with pytest.raises(PTQError, match=r"gradient_clip_val=1\.0 can't be had with precision='16-mixed'"):
+        check_trainer(stub_trainer(precision="16-mixed", gradient_clip_val=1.0))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from lightning_ptq.cache import UnitCache, is_channels_last, run_chunked
 from lightning_ptq.calibration import estimate_ranges, finish_unit
 from lightning_ptq.quantizers import act_quantizers, initial_ranges
 from lightning_ptq.seeds import mixed_seed
+from lightning_ptq.session import Images, Session, World
 from tests.helpers import tiny_images, tiny_module
 
 CPU = torch.device("cpu")
@@ -49,9 +50,23 @@ def test_held_out_images_judge_a_unit() -> None:
             learned = unit(images)
             with initial_ranges(unit):
                 cache.teacher_out = torch.cat([learned[:36], unit(images)[36:]])
-        report, out = finish_unit(cache, None, lambda x: x, 0.0)
+        report, out = finish_unit(cache, None, lambda x: x)
         assert report.accepted == (held_out == 0)
         assert len(out) == 40
+
+
+def test_processes_hold_out_equally_many() -> None:
+    """A fifth of 40 images is enough to judge by, of 39 it is not; another process has 39."""
+
+    def gather(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x, x - 1 if x.tolist() == [40] else x])
+
+    for size, drawn in ((1, 32), (2, 40)):
+        module = tiny_module(held_out=0.2)
+        session = Session(module.teacher, module.student)
+        images = Images(lambda: tiny_images(40), 8, "auto", module.quant, "equal", False, module.held_out)
+        session.enter(0, images, World(CPU, size, gather if size == 2 else lambda x: x[None]))
+        assert session.opened.drawn == drawn
 
 
 def test_gradients_flow_through_cached_activations() -> None:

@@ -195,11 +195,13 @@ def test_minibatches_hold_different_images_and_follow_the_seed() -> None:
 def test_terms_are_logged_by_unit_to_the_users_logger(tmp_path: Path) -> None:
     module = tiny_module()
     logger = CSVLogger(tmp_path)
-    trainer(tmp_path, logger=logger).fit(module, datamodule=tiny_data())
+    # Longer than an epoch: its last step is logged all the same.
+    trainer(tmp_path, logger=logger, log_every_n_steps=50).fit(module, datamodule=tiny_data())
     logger.save()
     header = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0].split(",")
     for name in module.student.names:
         assert {f"units/{name}/reconstruction", f"units/{name}/rounding", f"units/{name}/mse_after"} <= set(header)
+    assert {"units/whole-network/prediction", "units/whole-network/mse_after"} <= set(header)
 
 
 def test_fast_dev_run_touches_one_unit_and_writes_nothing(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_a_small_rise_of_the_divergence_is_no_harm(with_network: PTQModule, fact
     cache = NetworkCache(module.student, images, head_in, features, torch.device("cpu"), drawn=40)
     now = NetworkStart.of(cache, cache.student_out(), lambda x: x)
     before = NetworkStart(now.learned, factor * now.prediction, now.mse)
-    assert finish_network(cache, before, lambda x: x, 0.0)[0].accepted == accepted
+    assert finish_network(cache, before, lambda x: x)[0].accepted == accepted
 
 
 def test_the_report_holds_the_error_of_the_output(with_network: PTQModule) -> None:
@@ -169,6 +169,8 @@ def test_a_trainer_that_it_does_not_fit_is_refused_before_any_work(
 def test_a_single_unit_has_no_such_epoch() -> None:
     with pytest.raises(PTQError, match="network_steps=7 needs two units or more, but granularity='net'"):
         tiny_module(granularity="net", network_steps=7)
+    with pytest.raises(PTQError, match="network_steps=7 has nothing to learn with scales='none' and corrections=False"):
+        tiny_module(method="adaround", corrections=False, network_steps=7)
 
 
 def test_images_are_opened_once(tmp_path: Path) -> None:

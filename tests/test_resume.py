@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_ptq import PTQError
 from tests.helpers import assert_equal_states, quantization_state, tiny_data, tiny_module, trainer
@@ -60,6 +62,38 @@ def test_resume_is_bit_equal_from_the_checkpoints_that_a_fit_leaves(tmp_path: Pa
     finished = tiny_module()
     trainer(tmp_path / "finished").validate(finished, datamodule=tiny_data(), ckpt_path=last, verbose=False)
     assert_equal_states(quantization_state(finished), quantization_state(whole))
+
+
+class Crash(Callback):
+    """Fails where a hook is called in an epoch, like a machine that goes away: nothing is tidied up."""
+
+    def __init__(self, hook: str, epoch: int) -> None:
+        def fail(trainer: L.Trainer, *args: Any) -> None:
+            if trainer.current_epoch == epoch and not trainer.sanity_checking:
+                raise OSError("gone")
+
+        setattr(self, hook, fail)
+
+
+@pytest.mark.parametrize(
+    ("hook", "epoch", "done"),
+    [("on_train_epoch_start", 1, 1), ("on_train_batch_start", 3, 3), ("on_validation_batch_start", 4, 4)],
+)
+def test_a_crash_loses_no_finished_unit(tmp_path: Path, hook: str, epoch: int, done: int) -> None:
+    whole = tiny_module()
+    trainer(tmp_path / "whole").fit(whole, datamodule=tiny_data())
+    crashed, last = tiny_module(), tmp_path / "crashed" / "checkpoints" / "last.ckpt"
+    with pytest.raises(OSError, match="gone"):
+        trainer(tmp_path / "crashed", callbacks=[Crash(hook, epoch)]).fit(crashed, datamodule=tiny_data())
+    state = torch.load(last, weights_only=True)
+    assert len(state["lightning_ptq"]["session"]["reports"]) == done
+    module = tiny_module()
+    trainer(tmp_path / "resumed").fit(module, datamodule=tiny_data(), ckpt_path=last)
+    assert_equal_states(quantization_state(module), quantization_state(whole))
+    assert [r.mse_after for r in module.reports] == [r.mse_after for r in whole.reports]
+    # What crashed in its last validation is validated by itself: Lightning takes the fit for done.
+    (rates,) = trainer(tmp_path / "validated").validate(module, datamodule=tiny_data(), verbose=False)
+    assert rates["student_top1"] == json.loads((tmp_path / "whole" / "summary.json").read_text())["student_top1"]
 
 
 def test_resume_after_max_steps_goes_on_in_the_middle_of_the_unit(tmp_path: Path) -> None:
@@ -121,6 +155,8 @@ def test_a_checkpoint_of_another_config_is_refused_and_named(checkpoint: Path, t
         trainer(tmp_path).validate(other, datamodule=tiny_data(), ckpt_path=checkpoint)
     with pytest.raises(PTQError, match=r"another calibration setting: .*steps_per_unit=6 in the checkpoint, 7 here"):
         trainer(tmp_path).fit(tiny_module(steps_per_unit=7), datamodule=tiny_data(), ckpt_path=checkpoint)
+    with pytest.raises(PTQError, match="precision='32-true' in the checkpoint, 'bf16-mixed' here"):
+        trainer(tmp_path, precision="bf16-mixed").fit(tiny_module(), datamodule=tiny_data(), ckpt_path=checkpoint)
 
 
 def test_a_checkpoint_of_other_images_is_refused(checkpoint: Path, tmp_path: Path) -> None:

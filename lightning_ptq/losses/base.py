@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ptq.functional import in_float32
+from lightning_ptq.losses.gather import processes
 
 # Steps at the start of a unit over which the weight of a balanced term is measured; then it is frozen.
 BALANCE_STEPS = 8
@@ -140,9 +141,9 @@ class Objective(nn.Module):
         if step < BALANCE_STEPS:
             ratio = _gradient_norm(reference, batch.student_out) / _gradient_norm(value, batch.student_out)
             ratio = torch.nan_to_num(ratio, nan=0.0, posinf=0.0)
-            if torch.distributed.is_initialized():
+            if processes() > 1:
                 torch.distributed.all_reduce(ratio)
-                ratio = ratio / torch.distributed.get_world_size()
+                ratio = ratio / processes()
             # Step 0 overwrites, so that entering a unit again starts its measurement again.
             self.ratio_sums[batch.unit, i] *= float(step > 0)
             self.ratio_sums[batch.unit, i] += ratio
@@ -150,6 +151,8 @@ class Objective(nn.Module):
 
 
 def _gradient_norm(value: Tensor, at: Tensor) -> Tensor:
-    (gradient,) = torch.autograd.grad(value, at, retain_graph=True)
-    norm: Tensor = gradient.norm()
+    # Half precision would lose the small gradients of a mean over many elements.
+    factor = 2.0**16 if at.dtype == torch.float16 else 1.0
+    (gradient,) = torch.autograd.grad(value * factor, at, retain_graph=True)
+    norm: Tensor = gradient.float().norm() / factor
     return norm

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_ptq.losses import Objective, Reconstruction, Term, UnitBatch, reconstruction_loss
-from lightning_ptq.losses.base import BALANCE_STEPS
+from lightning_ptq.losses.base import BALANCE_STEPS, _gradient_norm
 from lightning_ptq.losses.rounding import RoundingRegularizer, annealed_beta
 from tests.losses.helpers import unit_batch
 
@@ -32,6 +32,13 @@ def test_the_regulariser_adds_what_is_undecided_of_every_layer() -> None:
     assert float(RoundingRegularizer(0.03)(batch)) == pytest.approx(0.03 * slow)
     batch.progress = 0.1
     assert float(RoundingRegularizer(0.03)(batch)) == 0.0
+
+
+def test_a_gradient_norm_survives_half_precision() -> None:
+    exact = torch.full((64, 64, 32), 1e-3).requires_grad_()
+    half = exact.detach().half().requires_grad_()
+    norms = [_gradient_norm(at.float().square().mean(), at) for at in (exact, half)]
+    torch.testing.assert_close(norms[1], norms[0], rtol=1e-3, atol=0)
 
 
 class Pull(Term):
