@@ -37,8 +37,8 @@ Grid = dict[str, list[Any]]
 
 GRIDS: dict[str, Grid] = {
     "bits": {"bits": BITS},
-    # As its paper has it: unit by unit, without the whole-network epoch and corrections of weights.
-    "paper": {"bits": BITS, "network_steps": [0], "options": [{"corrections": False}]},
+    # As its paper has it: unit by unit, without the whole-network epoch, corrections of weights and an end of the drop.
+    "paper": {"bits": BITS, "network_steps": [0], "options": [{"corrections": False, "drop_until": 1.0}]},
     "methods": {"bits": ["w2a4"], "method": ["nearest", "adaround", "brecq", "qdrop"]},
     "steps": {"steps": [100, 250, 500, 1000, 2000]},
     "contrastive": {"bits": BITS, "method": BASES, "contrastive": [False, True], "samples": [1024, 128]},

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from lightning_ptq.datasets import ImageFiles, image_of, stack_images
+from lightning_ptq.datasets import ImageFiles, collate, image_of, stack_images
 from lightning_ptq.errors import PTQError
 
 Shape = tuple[int, int, int]
@@ -185,6 +185,7 @@ class CalibrationDataModule(L.LightningDataModule):
             batch_size=self.val_batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            collate_fn=collate,
         )
 
     def test_dataloader(self) -> Any:

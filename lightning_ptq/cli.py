@@ -164,6 +164,9 @@ def main(args: ArgsType = None) -> None:
     warnings.filterwarnings("ignore", "Starting from v1.9.0, `tensorboardX` has been removed")
     # Lightning 2.6 calls what newer torch deprecates; only Lightning can change that.
     warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec\).", FutureWarning)
+    # A script's search path does not hold the folder it is called in, where a user's own model is looked for.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
     try:
         PTQCLI(
             build_module,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset, default_collate
 from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
@@ -155,6 +155,18 @@ def image_of(item: Any, name: str) -> Tensor:
             "that begins with one, or a dict whose first value is one."
         )
     return first
+
+
+def collate(samples: list[Any]) -> Any:
+    """torch's default batch of validation samples; raises `PTQError` if their images differ in shape."""
+    shapes = {tuple(image_of(sample, "A validation image").shape) for sample in samples}
+    if len(shapes) > 1:
+        found = ", ".join(map(str, sorted(shapes)[:3]))
+        raise PTQError(
+            f"validation images have different shapes ({found}). Resize and crop all to one size (data.resize, "
+            "data.crop), or leave validation out (data.validation_folder=null)."
+        )
+    return default_collate(samples)
 
 
 def stack_images(items: Iterable[tuple[str, Any]]) -> Tensor:

@@ -36,7 +36,10 @@ class Evaluation(L.LightningModule):
         """Teacher, round-to-nearest and student on one batch of images, with or without labels."""
         images, labels = _images_and_labels(batch)
         images = self.teacher.laid_out(images, images.device)
-        predictions = {"teacher": classes(self.teacher(images)), "student": classes(self.student(images))}
+        logits = self.teacher(images)
+        predictions = {"teacher": classes(logits), "student": classes(self.student(images))}
+        if labels is not None and logits.dim() == 2 and len(labels):
+            _check_labels(int(labels.max()), logits.shape[1])
         with initial_ranges(self.student):
             predictions["nearest"] = classes(self.student(images))
         for name, prediction in predictions.items():
@@ -71,6 +74,14 @@ class Evaluation(L.LightningModule):
         assert isinstance(metric, MeanRate)
         metric.update(prediction, reference)
         self.log(name, metric, on_step=False, on_epoch=True, batch_size=len(prediction))
+
+
+def _check_labels(largest: int, outputs: int) -> None:
+    if largest >= outputs:
+        raise PTQError(
+            f"a validation image has label {largest}, but the model's {outputs} outputs stand for labels up to "
+            f"{outputs - 1}. Class folders are numbered in alphabetical order: give one for each output."
+        )
 
 
 def _images_and_labels(batch: Any) -> tuple[Tensor, Tensor | None]:

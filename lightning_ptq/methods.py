@@ -36,6 +36,8 @@ class Method:
         scales: activation scales are fixed ("none"), learned with the rounding ("joint") or after it ("after").
         drop: probability that an element stays in full precision, in a mixed input and in every activation quantizer
             of the unit.
+        drop_until: share of a unit's steps in which elements are dropped and inputs mixed; in the rest of them the unit
+            sees what it will see.
         weighting: the channels of a unit's output count alike in the reconstruction loss ("equal"), or by how much
             the network's output depends on them ("fisher", see `importance.py`).
         corrections: a gain of the quantized weights and a shift of the bias are learned for each output channel: in
@@ -52,6 +54,7 @@ class Method:
     rounding: Rounding = "nearest"
     scales: ScaleLearning = "none"
     drop: float = 0.0
+    drop_until: float = 1.0
     weighting: Weighting = "equal"
     corrections: bool = False
     prediction: float = 0.0
@@ -64,6 +67,8 @@ class Method:
         check_option(self.weighting, get_args(Weighting), "weighting")
         if not 0.0 <= self.drop < 1.0:
             raise PTQError(f"drop={self.drop} is no probability below 1. Use 0.5 as QDrop does, or 0 to switch it off.")
+        if not 0.0 <= self.drop_until <= 1.0:
+            raise PTQError(f"drop_until={self.drop_until} is no share. Use 1 to drop in all steps of a unit.")
         if not self.prediction >= 0.0:
             raise PTQError(f"prediction={self.prediction} must not be negative. Use 0 to leave the term out.")
         if self.input == "mix" and self.drop == 0.0:
@@ -94,8 +99,10 @@ class Method:
         return min(progress / _AFTER, 1.0) if self.scales == "after" else progress
 
 
-# As the papers have them, except for corrections.
-_QDROP = Method(input="mix", rounding="adaround", scales="joint", drop=0.5, weighting="fisher", corrections=True)
+# As the papers have them, except for corrections and drop_until.
+_QDROP = Method(
+    input="mix", rounding="adaround", scales="joint", drop=0.5, drop_until=0.8, weighting="fisher", corrections=True
+)
 METHODS: dict[str, Method] = {
     "nearest": Method(),
     "adaround": Method(granularity="layer", rounding="adaround", corrections=True),
@@ -113,6 +120,7 @@ def get_method(
     rounding: Rounding | None = None,
     scales: ScaleLearning | None = None,
     drop: float | None = None,
+    drop_until: float | None = None,
     weighting: Weighting | None = None,
     corrections: bool | None = None,
     prediction: float | None = None,
@@ -129,6 +137,7 @@ def get_method(
         "rounding": rounding,
         "scales": scales,
         "drop": drop,
+        "drop_until": drop_until,
         "weighting": weighting,
         "corrections": corrections,
         "prediction": prediction,

@@ -26,20 +26,9 @@ from lightning_ptq.evaluation import Evaluation
 from lightning_ptq.fingerprint import check_same, model_digest
 from lightning_ptq.graph import Chain, build_chain
 from lightning_ptq.graph.taps import recorded
-from lightning_ptq.layers import quantized_layers
 from lightning_ptq.loader import UnitLoader
-from lightning_ptq.losses import (
-    Contrastive,
-    ContrastiveConfig,
-    Objective,
-    Prediction,
-    PredictionDifference,
-    Reconstruction,
-    RoundingRegularizer,
-    Tail,
-    Term,
-    UnitBatch,
-)
+from lightning_ptq.losses import ContrastiveConfig, Tail, Term, UnitBatch
+from lightning_ptq.losses.objectives import network_objective, unit_objective
 from lightning_ptq.methods import (
     MethodName,
     Rounding,
@@ -53,9 +42,10 @@ from lightning_ptq.methods import (
     get_method,
 )
 from lightning_ptq.network import NETWORK
-from lightning_ptq.optimizer import Adam
-from lightning_ptq.quantizers import DropMask, act_quantizers, forget_ranges, weight_quantizers
+from lightning_ptq.optimizer import optimizer_of
+from lightning_ptq.quantizers import DropMask, forget_ranges
 from lightning_ptq.seeds import mixed_seed
+from lightning_ptq.selection import select
 from lightning_ptq.session import CachePolicy, Images, Session, World
 
 
@@ -76,8 +66,8 @@ class PTQModule(Evaluation):
         scale_lr: learning rate of the logarithm of activation scales and of corrections; None follows `steps_per_unit`.
         network_lr: learning rate of the last epoch; None follows `network_steps`.
         rounding_weight: weight of AdaRound's regulariser.
-        granularity, input, rounding, scales, drop, weighting, corrections, prediction: coordinates of the method that
-            differ from the preset.
+        granularity, input, rounding, scales, drop, drop_until, weighting, corrections, prediction: coordinates of the
+            method that differ from the preset.
         leaf_modules: name patterns of modules that are not traced and stay in floating point.
         terms: further loss terms of units by name; they do not join the last epoch.
         cache: where activations are kept: on the "device", on the "host", or "auto": on the device if they fit.
@@ -108,6 +98,7 @@ class PTQModule(Evaluation):
         rounding: Rounding | None = None,
         scales: ScaleLearning | None = None,
         drop: float | None = None,
+        drop_until: float | None = None,
         weighting: Weighting | None = None,
         corrections: bool | None = None,
         prediction: float | None = None,
@@ -134,6 +125,7 @@ class PTQModule(Evaluation):
             rounding=rounding,
             scales=scales,
             drop=drop,
+            drop_until=drop_until,
             weighting=weighting,
             corrections=corrections,
             prediction=prediction,
@@ -155,20 +147,11 @@ class PTQModule(Evaluation):
         self.rounding_lr = default_rounding_lr if rounding_lr is None else rounding_lr
         self.scale_lr = default_scale_lr if scale_lr is None else scale_lr
 
-        objective: dict[str, Term] = {"reconstruction": Reconstruction()}
-        if self.method.rounding == "adaround":
-            objective["rounding"] = RoundingRegularizer(rounding_weight)
-        if self.method.prediction:
-            objective["prediction"] = PredictionDifference(self.method.prediction)
-        if contrastive:
-            objective["contrastive"] = Contrastive(critic)
-        self.objective = Objective(objective | (terms or {}), len(self.student))
+        term = critic if contrastive else None
+        self.objective = unit_objective(coordinates, rounding_weight, term, terms or {}, len(self.student))
+        self.network_objective = network_objective(term)
         self.network_steps = self._network_steps(network_steps)
         self.network_lr = default_network_lr(max(self.network_steps, 1)) if network_lr is None else network_lr
-        whole: dict[str, Term] = {"prediction": Prediction()}
-        if contrastive:
-            whole["contrastive"] = Contrastive(critic)
-        self.network_objective = Objective(whole, 1)
         self.epoch_names = (*self.student.names, *([NETWORK] if self.network_steps else []))
         # Lightning and DDP insist on a gradient; a unit that has nothing to learn gives them this one.
         self.anchor = nn.Parameter(torch.zeros(()))
@@ -253,20 +236,11 @@ class PTQModule(Evaluation):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One Adam over all quantization parameters; those of other units have no gradients and are skipped."""
-        alphas = [q.alpha for q in weight_quantizers(self.student) if q.alpha is not None]
-        scales = [q.log_scale for q in act_quantizers(self.student)]
-        corrections = [p for q in weight_quantizers(self.student) for p in (q.log_gain, q.bias_shift)]
-        groups: list[dict[str, Any]] = [
-            {"params": alphas, "name": "rounding"},
-            {"params": scales, "name": "scales"},
-            # A short memory: there are few steps, and a channel's gradient changes its size with them.
-            {"params": corrections, "name": "corrections", "betas": (0.9, 0.99)},
-        ]
-        return Adam([group for group in groups if group["params"]], lr=0.0, fused=True)
+        return optimizer_of(self.student)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         """Clear the gradients of what is trained: nothing else has any, and walking all of it takes time."""
-        for parameter in self._trained:
+        for parameter in (*self._selection.trained, self.anchor):
             parameter.grad = None
 
     def unit_loader(self) -> UnitLoader:
@@ -345,6 +319,7 @@ class PTQModule(Evaluation):
         scale_lr = scales * self.scale_lr
         self._set_rates(rounding=rounding * self.rounding_lr, scales=scale_lr, corrections=scale_lr)
         self._drop.seed(mixed_seed(self.seed, self.global_rank), mixed_seed(self.seed, unit, step, self.global_rank))
+        self._drop.active = progress < self.method.drop_until
         with recorded(self.student.units[unit]) as inner:
             student_out = self.student.units[unit](self._unit_input(batch))
         terms: dict[str, Tensor] = self.objective(
@@ -356,7 +331,7 @@ class PTQModule(Evaluation):
                 rows=batch.rows,
                 tail=self._tail(self.teacher, unit + 1),
                 student_unit=self.student.units[unit],
-                roundings=[q.take_rounding() for q in self._rounded],
+                roundings=[q.take_rounding() for q in self._selection.rounded],
                 unit=unit,
                 step=step,
                 progress=self.method.rounding_progress(progress),
@@ -447,40 +422,10 @@ class PTQModule(Evaluation):
             logger.log_metrics({f"units/{name}/{key}": value for key, value in numbers.items()}, step=self.global_step)
 
     def _select(self, unit: int | None) -> None:
-        """Train and drop in `unit` only, or nowhere. The teacher, weights and other units never require gradients."""
+        """Train `unit`, the whole network if that is len(student), or nothing."""
         self.teacher.requires_grad_(False)
-        self.student.requires_grad_(False)
         self.zero_grad()
-        for q in act_quantizers(self.student):
-            q.drop = None
-        trained: list[nn.Parameter] = [self.anchor]
-        if unit is not None:
-            whole = unit == len(self.student)
-            calibrated: nn.Module = self.student if whole else self.student.units[unit]
-            acts, weights = act_quantizers(calibrated), weight_quantizers(calibrated)
-            if not whole:
-                trained += [q.alpha for q in weights if q.alpha is not None]
-            if self.method.scales != "none":
-                trained += [q.log_scale for q in acts]
-            if self.method.corrections and (whole or self.method.scales != "none"):
-                trained += [p for q in weights for p in (q.log_gain, q.bias_shift)]
-            for q in acts:
-                q.drop = None if whole else self._drop
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        self._trained = trained
-        self._hold(None if unit is None else calibrated)
-
-    def _hold(self, calibrated: nn.Module | None) -> None:
-        """Let the quantizers of what is calibrated keep what none of its steps changes."""
-        for q in weight_quantizers(self.student):
-            q.release()
-        self._drop.forget()
-        layers = [] if calibrated is None else quantized_layers(calibrated)
-        for _, layer in layers:
-            layer.weight_quantizer.hold(layer.weight)
-        quantizers = [layer.weight_quantizer for _, layer in layers]
-        self._rounded = [q for q in quantizers if q.alpha is not None and q.alpha.requires_grad]
+        self._selection = select(self.student, unit, self.method, self._drop)
 
     def _unit_input(self, batch: Minibatch) -> Tensor:
         if self.method.input == "fp":
@@ -533,6 +478,7 @@ class PTQModule(Evaluation):
             "input": self.method.input,
             "scales": self.method.scales,
             "drop": self.method.drop,
+            "drop_until": self.method.drop_until,
             "weighting": self.method.weighting,
             "corrections": self.method.corrections,
             "prediction": self.method.prediction,

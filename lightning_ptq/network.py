@@ -105,8 +105,7 @@ class NetworkStart:
 
 
 def _learned(student: Chain) -> list[nn.Parameter]:
-    weights = weight_quantizers(student)
-    corrections = [parameter for q in weights for parameter in (q.log_gain, q.bias_shift)]
+    corrections = [parameter for q in weight_quantizers(student) for parameter in q.corrections]
     return [q.log_scale for q in act_quantizers(student)] + corrections
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+
+from lightning_ptq.graph.units import Chain
+from lightning_ptq.quantizers import act_quantizers, weight_quantizers
 
 
 class Adam(torch.optim.Adam):
@@ -15,3 +20,18 @@ class Adam(torch.optim.Adam):
 
     def _accelerator_graph_capture_health_check(self) -> None:
         pass
+
+
+def optimizer_of(student: Chain) -> Adam:
+    """One Adam over all quantization parameters of `student`, in groups "rounding", "scales" and "corrections".
+
+    Those without gradients are skipped at each step. The rates are the caller's to set; they start at 0.
+    """
+    weights = weight_quantizers(student)
+    groups: list[dict[str, Any]] = [
+        {"params": [q.alpha for q in weights if q.alpha is not None], "name": "rounding"},
+        {"params": [q.log_scale for q in act_quantizers(student)], "name": "scales"},
+        # A short memory: there are few steps, and a channel's gradient changes its size with them.
+        {"params": [p for q in weights for p in q.corrections], "name": "corrections", "betas": (0.9, 0.99)},
+    ]
+    return Adam([group for group in groups if group["params"]], lr=0.0, fused=True)

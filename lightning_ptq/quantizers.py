@@ -30,7 +30,7 @@ class DropMask:
     """
 
     def __init__(self, probability: float) -> None:
-        self.probability = probability
+        self.probability, self.active = probability, True
         self._pools: dict[tuple[int, torch.device], Tensor] = {}
         self._pool_seed = self._seed = self._calls = 0
 
@@ -46,7 +46,7 @@ class DropMask:
 
     def keep(self, x: Tensor) -> Tensor | None:
         """Mask of x's shape: 1 where the quantized value is used, 0 where the float; None: quantize everything."""
-        if self.probability == 0.0:
+        if self.probability == 0.0 or not self.active:
             return None
         n = x.numel()
         if (n, x.device) not in self._pools:
@@ -177,16 +177,16 @@ class WeightQuantizer(nn.Module):
         self.ready.fill_(True)
         self.enabled = True
 
-    @torch.no_grad()
-    def reset_corrections(self) -> None:
-        """Forget what was learned about gains and the bias."""
-        self.log_gain.zero_()
-        self.bias_shift.zero_()
+    @property
+    def corrections(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """(log_gain, bias_shift)."""
+        return self.log_gain, self.bias_shift
 
     @torch.no_grad()
     def reset(self, weight: Tensor) -> None:
         """Forget what was learned."""
-        self.reset_corrections()
+        for correction in self.corrections:
+            correction.zero_()
         if self.alpha is not None:
             position = weight / self.scale
             # Ties go where round() takes them, so that a fresh alpha is exactly round-to-nearest.

@@ -55,6 +55,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return summary.parent
 
 
+def test_a_network_beside_the_caller_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "beside_me.py").write_text("from lightning_ptq.models import digits_net as build\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    main(["plan", "--model.model=beside_me.build", "--data=lightning_ptq.DigitsData"])
+
+
 def student_top1(text: str) -> float:
     """The number behind `student_top1` in the table that validate and test print."""
     found = re.search(r"student_top1\D+([\d.]+)", text.replace("│", " "))

@@ -230,6 +230,14 @@ def test_images_of_differing_shapes_are_named(image_folder: Path, write_image: A
     assert "odd.jpg" in str(caught.value)
 
 
+def test_validation_images_of_differing_shapes_are_refused(image_folder: Path, write_image: Any) -> None:
+    first = sorted(path for path in (image_folder / "val").rglob("*") if path.is_file())[0]
+    write_image(first.with_name("0odd.jpg"), size=(11, 17))
+    loader = folder_data(image_folder).val_dataloader()
+    with pytest.raises(PTQError, match=r"validation images have different shapes \(.*data\.resize"):
+        list(loader)
+
+
 def test_pixels_that_are_not_finite_are_named_by_index() -> None:
     class Broken(Numbered):
         def calibration_dataset(self) -> Dataset[Any]:

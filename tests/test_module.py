@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from lightning_ptq import PTQError, Term, UnitBatch
+from lightning_ptq import CalibrationDataModule, PTQError, PTQModule, Term, UnitBatch
 from lightning_ptq.checks import check_device
 from lightning_ptq.quantizers import act_quantizers, weight_quantizers
 from tests.helpers import (
@@ -211,6 +211,24 @@ def test_fast_dev_run_touches_one_unit_and_writes_nothing(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_last_steps_of_a_unit_drop_nothing(tmp_path: Path) -> None:
+    seen: dict[int, list[bool]] = {}
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, fit: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            unit = module.student.units[min(fit.current_epoch, 3)]
+            masks = [q.drop for q in act_quantizers(unit)]
+            dropping = any(m is not None and m.keep(torch.ones(4)) is not None for m in masks)
+            seen.setdefault(fit.current_epoch, []).append(dropping)
+            if fit.current_epoch < 4:
+                mixed = module._unit_input(batch)
+                assert torch.equal(mixed, batch.student_in) == (fit.current_epoch == 0 or batch_idx >= 8)
+
+    trainer(tmp_path, callbacks=[Watch()]).fit(tiny_module(steps_per_unit=10), datamodule=tiny_data())
+    assert all(seen[unit] == [True] * 8 + [False] * 2 for unit in range(4))
+    assert not any(seen[4])
+
+
 def test_networks_stay_in_eval_mode() -> None:
     module = tiny_module().train()
     assert module.training
@@ -243,9 +261,27 @@ def test_at_bf16_an_8_bit_quantizer_still_hits_every_integer() -> None:
     assert torch.equal(values, torch.arange(256.0))
 
 
-def test_validation_needs_no_labels(tmp_path: Path) -> None:
-    from lightning_ptq import CalibrationDataModule
+def test_a_label_that_no_output_stands_for_is_refused(tmp_path: Path) -> None:
+    images = tiny_images(8)
+    outputs = tiny_net()(images).shape[1]
+    labels = torch.arange(8) + outputs - 7
+    data = CalibrationDataModule.from_loaders([tiny_images(40)], [(images, labels)], calibration_samples=40)
+    with pytest.raises(PTQError, match=rf"label {outputs}, but the model's {outputs} outputs stand for labels up to"):
+        trainer(tmp_path, num_sanity_val_steps=1).fit(tiny_module(), datamodule=data)
 
+
+def test_a_checkpoint_becomes_a_module_again(fitted) -> None:
+    module, _, folder = fitted
+    last = folder / "checkpoints" / "last.ckpt"
+    again = PTQModule.load_from_checkpoint(
+        last, model=tiny_net(), quant=module.quant, steps_per_unit=module.steps_per_unit
+    )
+    x = tiny_images(4)
+    with torch.no_grad():
+        assert torch.equal(again(x), module(x))
+
+
+def test_validation_needs_no_labels(tmp_path: Path) -> None:
     unlabelled = DataLoader(tiny_images(8), batch_size=4)
     data = CalibrationDataModule.from_loaders(tiny_images().split(16), unlabelled, calibration_samples=40)
     module = tiny_module()
@@ -256,8 +292,6 @@ def test_validation_needs_no_labels(tmp_path: Path) -> None:
 
 
 def test_no_validation_at_all_still_finishes(tmp_path: Path) -> None:
-    from lightning_ptq import CalibrationDataModule
-
     module = tiny_module()
     data = CalibrationDataModule.from_loaders(tiny_images().split(16), calibration_samples=40)
     trainer(tmp_path).fit(module, datamodule=data)
