@@ -309,6 +309,9 @@ class PTQModule(Evaluation):
             )
         if self._trainer is not None and self.trainer.state.fn == "fit":
             check_same(saved["settings"], self._settings() | self._environment(), "calibration setting")
+        else:  # weights of loss terms: they say nothing to who only uses the network, with whatever terms
+            live = {key: value for key, value in self.state_dict().items() if key.endswith(".ratio_sums")}
+            checkpoint["state_dict"].update(live)
         self.session.load_state(saved["session"])
         checkpoint["state_dict"].update({f"teacher.{k}": v for k, v in self.teacher.state_dict().items()})
 

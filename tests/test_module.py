@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ptq import CalibrationDataModule, PTQError, PTQModule, Term, UnitBatch
 from lightning_ptq.checks import check_device
@@ -265,7 +265,8 @@ def test_a_label_that_no_output_stands_for_is_refused(tmp_path: Path) -> None:
     images = tiny_images(8)
     outputs = tiny_net()(images).shape[1]
     labels = torch.arange(8) + outputs - 7
-    data = CalibrationDataModule.from_loaders([tiny_images(40)], [(images, labels)], calibration_samples=40)
+    validation = DataLoader(TensorDataset(images, labels), batch_size=8)
+    data = CalibrationDataModule.from_loaders([tiny_images(40)], validation, calibration_samples=40)
     with pytest.raises(PTQError, match=rf"label {outputs}, but the model's {outputs} outputs stand for labels up to"):
         trainer(tmp_path, num_sanity_val_steps=1).fit(tiny_module(), datamodule=data)
 

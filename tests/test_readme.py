@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.helpers import tiny_images, tiny_net
@@ -16,8 +17,8 @@ README = Path(__file__).parent.parent / "README.md"
 # What a user without a progress bar, logger or max_epochs would see is Lightning's business.
 @pytest.mark.filterwarnings("ignore:.*tensorboard.*:UserWarning")
 @pytest.mark.filterwarnings("ignore:The number of training batches")
-def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    example, use = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert example.count("\n") <= 13
     monkeypatch.chdir(tmp_path)
     images = tiny_images(40)
@@ -29,6 +30,11 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.warns(UserWarning, match="only 40 calibration images"):
         exec(example.replace("steps_per_unit=2000", "steps_per_unit=3"), names)
     assert len(names["module"].reports) == 5
+    fitted, names["images"] = names["module"], images
+    (last,) = tmp_path.rglob("last.ckpt")
+    exec(use.replace("RUN/checkpoints/last.ckpt", str(last)), names)
+    with torch.no_grad():
+        assert torch.equal(names["module"](images), fitted(images))
 
 
 def test_the_two_commands_are_those_of_ci() -> None:
