@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from lightning_ptq.cache import Minibatch
 from lightning_ptq.datasets import ImageFiles, collate, image_of, stack_images
 from lightning_ptq.errors import PTQError
 
@@ -175,6 +176,12 @@ class CalibrationDataModule(L.LightningDataModule):
                 "Fit PTQModule(model, ...) instead of the model itself."
             )
         return module.unit_loader()
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Images for validation are moved; a minibatch of caches is where it has to be."""
+        if isinstance(batch, Minibatch):
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def val_dataloader(self) -> Any:
         """Loader of the validation data set, in its order; an empty list if there is none."""

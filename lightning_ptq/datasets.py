@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from lightning_ptq.errors import PTQError
 
@@ -59,9 +60,22 @@ def eval_transform(
         steps.append(v2.Resize(resize, interpolation=v2.InterpolationMode.BILINEAR, antialias=True))
     if crop is not None:
         steps.append(v2.CenterCrop(crop))
-    steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
+    steps.append(_Normalised(mean, std))
     transform: Callable[[Image.Image], Tensor] = v2.Compose(steps)
     return transform
+
+
+class _Normalised(torch.nn.Module):
+    """PIL image of 8 bits to normalised float32 (C, H, W): what torchvision's PILToTensor, ToDtype and Normalize give,
+    bit by bit, in less than half their time, which counts with small images."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.mean, self.std = (torch.tensor(list(values)).view(-1, 1, 1) for values in (mean, std))
+
+    def forward(self, image: Image.Image) -> Tensor:
+        x: Tensor = pil_to_tensor(image)
+        return x.float().mul_(1.0 / 255.0).sub_(self.mean).div_(self.std)
 
 
 def load_rgb(path: str | Path) -> Image.Image:

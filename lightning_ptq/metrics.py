@@ -18,8 +18,8 @@ RATES = ("teacher_top1", "nearest_top1", "student_top1", "nearest_agreement", "s
 
 def signal_and_noise(student: Tensor, teacher: Tensor) -> Tensor:
     """(2,) float64: sums of t^2 and of (s - t)^2."""
-    student, teacher = student.double(), teacher.double()
-    return torch.stack([teacher.square().sum(), (student - teacher).square().sum()])
+    parts = (teacher.float().square(), (student.float() - teacher.float()).square())
+    return torch.stack([part.sum(dtype=torch.float64) for part in parts])
 
 
 def decibels(signal: float, noise: float) -> float:

@@ -5,10 +5,12 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import functional as tv
+from torchvision.transforms import v2
 
 from lightning_ptq.datasets import (
     IMAGENET_MEAN,
@@ -27,6 +29,13 @@ from lightning_ptq.errors import PTQError
 from lightning_ptq.models import digits_net
 
 HALF = (0.5, 0.5, 0.5)
+
+
+def test_normalised_pixels_are_those_of_torchvision() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8))
+    mean, std = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
+    slow = v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))])
+    assert torch.equal(eval_transform(mean, std)(image), slow(image))
 
 
 def test_the_transform_agrees_with_pil_and_arithmetic(write_image, tmp_path: Path) -> None:
