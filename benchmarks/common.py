@@ -58,6 +58,11 @@ class Yardstick:
 
 
 def commit() -> str:
-    """Short hash of the checkout that runs, with a mark if it was changed since."""
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=True).stdout.strip()
+    """Short hash of the checkout that runs, with a mark if anything but the benchmarks' rows was changed since."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=folder, check=False)
+
+    changed = git("diff", "--quiet", "HEAD", "--", ":/", ":(exclude,top)benchmarks/*.csv").returncode
+    return git("rev-parse", "--short", "HEAD").stdout.strip() + "-dirty" * bool(changed)

@@ -21,6 +21,7 @@ from lightning_ptq.calibration import UnitReport
 from lightning_ptq.callbacks import model_callbacks
 from lightning_ptq.checks import check_device, check_network_steps, check_settings, check_trainer
 from lightning_ptq.config import Granularity, QuantConfig
+from lightning_ptq.drop import DropMask
 from lightning_ptq.errors import PTQError
 from lightning_ptq.evaluation import Evaluation
 from lightning_ptq.fingerprint import check_same, model_digest
@@ -43,7 +44,7 @@ from lightning_ptq.methods import (
 )
 from lightning_ptq.network import NETWORK
 from lightning_ptq.optimizer import optimizer_of
-from lightning_ptq.quantizers import DropMask, forget_ranges
+from lightning_ptq.quantizers import forget_ranges
 from lightning_ptq.seeds import mixed_seed
 from lightning_ptq.selection import select
 from lightning_ptq.session import CachePolicy, Images, Session, World

@@ -14,53 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ptq import functional as F
-from lightning_ptq.seeds import mixed_seed
-
-# A mask is a window of a pool of random elements: the pool is so much longer, and masks start at multiples of a cache
-# line's elements.
-_SPARE, _ALIGNMENT = 2**18, 16
-
-
-class DropMask:
-    """QDrop's random choice between quantized and float elements (Wei et al. 2022, section 4.2).
-
-    Random numbers are drawn once for each size of tensor, into a pool somewhat longer than it; a mask is a window of
-    the pool whose place is drawn anew each time, so that a step costs no random numbers and no pass over the mask.
-    Masks are a pure function of the seeds and the order of calls since `seed`.
-    """
-
-    def __init__(self, probability: float) -> None:
-        self.probability, self.active = probability, True
-        self._pools: dict[tuple[int, torch.device], Tensor] = {}
-        self._pool_seed = self._seed = self._calls = 0
-
-    def seed(self, pool: int, step: int) -> None:
-        """Restart the stream of masks for one step; the pools are those of the seed `pool`."""
-        if pool != self._pool_seed:
-            self.forget()
-        self._pool_seed, self._seed, self._calls = pool, step, 0
-
-    def forget(self) -> None:
-        """Drop the pools; they are drawn again when they are needed."""
-        self._pools.clear()
-
-    def keep(self, x: Tensor) -> Tensor | None:
-        """Mask of x's shape: 1 where the quantized value is used, 0 where the float; None: quantize everything."""
-        if self.probability == 0.0 or not self.active:
-            return None
-        n = x.numel()
-        if (n, x.device) not in self._pools:
-            generator = torch.Generator(x.device).manual_seed(self._pool_seed)
-            pool = torch.empty(n + _SPARE, device=x.device)
-            self._pools[n, x.device] = pool.bernoulli_(1.0 - self.probability, generator=generator)
-        self._calls += 1
-        start = mixed_seed(self._seed, self._calls) % (_SPARE // _ALIGNMENT) * _ALIGNMENT
-        return _laid_out_as(self._pools[n, x.device][start : start + n], x)
-
-
-def _laid_out_as(flat: Tensor, x: Tensor) -> Tensor:
-    """`flat` (numel,) in the shape of `x`, and in its memory layout: operations on both are then one plain pass."""
-    return flat.as_strided(x.shape, x.stride(), flat.storage_offset()) if F.is_dense(x) else flat.view(x.shape)
+from lightning_ptq.drop import DropMask
 
 
 class ActQuantizer(nn.Module):

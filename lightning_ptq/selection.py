@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lightning_ptq.drop import DropMask
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.layers import quantized_layers
 from lightning_ptq.methods import Method
-from lightning_ptq.quantizers import DropMask, WeightQuantizer, act_quantizers, weight_quantizers
+from lightning_ptq.quantizers import WeightQuantizer, act_quantizers, weight_quantizers
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,12 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 
 from lightning_ptq.callbacks import (
-    RunSummary,
     StepCheckpoint,
     UnitCheckpoint,
     UnitRichBar,
     UnitTQDMBar,
-    table,
-    write_json,
 )
+from lightning_ptq.summary import RunSummary, table, write_json
 from tests.helpers import tiny_data, tiny_module, trainer
 
 

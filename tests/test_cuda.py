@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_ptq.quantizers import ActQuantizer, DropMask
+from lightning_ptq.drop import DropMask
+from lightning_ptq.quantizers import ActQuantizer
 from tests.helpers import (
     assert_equal_states,
     quantization_state,

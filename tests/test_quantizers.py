@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lightning_ptq import functional as F
-from lightning_ptq.quantizers import ActQuantizer, DropMask, WeightQuantizer, float_mode, initial_ranges
+from lightning_ptq.drop import DropMask
+from lightning_ptq.quantizers import ActQuantizer, WeightQuantizer, float_mode, initial_ranges
 from lightning_ptq.ranges import weight_qparams
 
 

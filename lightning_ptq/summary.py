@@ -1,0 +1,165 @@
+"""What is known when a fit ends: the content of `summary.json`, and the table teacher / nearest / calibrated."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from lightning_ptq.checks import check_run_folder, run_folder
+from lightning_ptq.metrics import RATES
+from lightning_ptq.network import NETWORK
+
+if TYPE_CHECKING:
+    from lightning_ptq.module import PTQModule
+
+
+class RunSummary(Callback):
+    """Writes `summary.json` to the run folder and prints the table teacher / nearest / calibrated."""
+
+    def __init__(self) -> None:
+        # Of the last validation, and the epoch that it followed; a resumed fit may have none of its own.
+        self.metrics: dict[str, float] = {}
+        self.epoch = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"metrics": self.metrics, "epoch": self.epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.metrics, self.epoch = state_dict["metrics"], state_dict["epoch"]
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep what was measured."""
+        if not trainer.sanity_checking:
+            self.epoch = trainer.current_epoch
+            self.metrics = {
+                key: float(trainer.callback_metrics[key]) for key in RATES if key in trainer.callback_metrics
+            }
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Start the clock."""
+        self._start = time.monotonic()
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse a folder that holds another run; only now Lightning tells whether a checkpoint is continued."""
+        check_run_folder(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave the student as it would be used, also after an interrupt."""
+        pl_module.leave_units()  # type: ignore[operator]
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write and print; rank 0 only."""
+        module: PTQModule = pl_module  # type: ignore[assignment]
+        module.judge_last_unit()
+        folder = run_folder(trainer)
+        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+            return
+        module.session.wall_seconds["total"] += time.monotonic() - self._start
+        # What was measured before the last epoch says nothing about the network as it is now.
+        summary = summarize(module, trainer, self.metrics if self.epoch == trainer.current_epoch - 1 else {})
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "summary.json", summary)
+        bar = trainer.progress_bar_callback
+        if bar is not None:
+            bar.disable()  # a live bar would be drawn over the result
+        print(f"{table(summary)}\nsummary: {folder / 'summary.json'}", flush=True)  # noqa: T201 (the result)
+
+
+def summarize(module: PTQModule, trainer: L.Trainer, metrics: dict[str, float]) -> dict[str, Any]:
+    """The content of `summary.json`; `metrics` are the rates of the last validation."""
+    samples = trainer.datamodule.calibration_samples  # type: ignore[attr-defined]
+    return {
+        "model": module.model_name,
+        "method": module.method_name,
+        "contrastive": module.contrastive,
+        "weight_bits": module.quant.weight_bits,
+        "act_bits": module.quant.act_bits,
+        "edges": module.quant.edges,
+        "placement": module.quant.placement,
+        "granularity": module.method.granularity,
+        "seed": module.seed,
+        "calibration_samples": samples if module.session.image_count is None else module.session.image_count,
+        "steps_per_unit": module.steps_per_unit,
+        "network_steps": module.network_steps,
+        "complete": len(module.reports) == len(module.epoch_names),
+        **{key: metrics.get(key) for key in ("teacher_top1", "nearest_top1", "student_top1")},
+        "teacher_agreement": metrics.get("student_agreement"),
+        "nearest_agreement": metrics.get("nearest_agreement"),
+        "calibration_agreement": module.session.calibration_agreement,
+        "overfit_gap": overfit_gap(module.session.calibration_agreement, metrics.get("student_agreement")),
+        "wall_seconds": {key: round(value, 3) for key, value in module.session.wall_seconds.items()},
+        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_device_bytes": torch.cuda.max_memory_allocated(module.device) if module.device.type == "cuda" else 0,
+        # JSON has no infinity: an SQNR without noise, or of a constant output, is null.
+        "units": [
+            {
+                key: None if isinstance(value, float) and not math.isfinite(value) else value
+                for key, value in unit.items()
+            }
+            for unit in (report.to_dict() for report in module.reports)
+        ],
+    }
+
+
+def overfit_gap(calibration: float | None, validation: float | None) -> float | None:
+    """How many points more often the student agrees with the teacher on what it was calibrated with than elsewhere."""
+    return None if calibration is None or validation is None else calibration - validation
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The result as text: one row each for teacher, round-to-nearest and calibrated student."""
+
+    def cell(value: float | None) -> str:
+        return f"{value:9.2f}" if value is not None else "        -"
+
+    bits = f"W{summary['weight_bits']}A{summary['act_bits']}"
+    rows = [
+        ("teacher, float32", summary["teacher_top1"], 100.0 if summary["teacher_agreement"] is not None else None),
+        (f"nearest, {bits}", summary["nearest_top1"], summary["nearest_agreement"]),
+        (f"{summary['method']}{' + contrastive' if summary['contrastive'] else ''}, {bits}", summary["student_top1"],
+         summary["teacher_agreement"]),
+    ]  # fmt: skip
+    width = max(len(name) for name, *_ in rows)
+    lines = [f"{'':{width}} {'top-1 %':>9} {'agreement with the teacher %':>30}"]
+    lines += [f"{name:{width}} {cell(top1)} {cell(agreement):>30}" for name, top1, agreement in rows]
+    if not summary["complete"]:
+        lines.append(
+            f"not finished: {len(summary['units'])} units are done. To go on, give ckpt_path, the run's "
+            "checkpoints/last.ckpt, and lift what stopped it (max_steps, max_epochs, max_time)."
+        )
+    rolled_back = [unit["name"] for unit in summary["units"] if not unit["accepted"]]
+    units = [name for name in rolled_back if name != NETWORK]
+    if units:
+        lines.append(
+            f"kept as rounded to nearest, since calibration did not improve them: {', '.join(map(repr, units))}"
+        )
+    if NETWORK in rolled_back:
+        lines.append("kept as the units left it, since the last epoch did not improve it: the whole network")
+    return "\n".join(["", *lines])
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write to a temporary file, flush, rename: a reader never sees half a file."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        json.dump(content, file, indent=2, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
