@@ -1,6 +1,7 @@
 """Settings are refused where they are made, with the value, the rule and the way out."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -52,12 +53,12 @@ def test_presets_are_points_and_coordinates_replace_theirs() -> None:
     assert METHODS["adaround"].granularity == "layer"
     assert METHODS["adaround"].scales == "none"
     assert METHODS["brecq"].scales == "after"
-    assert METHODS["qdrop"] == Method("block", "mix", "adaround", "joint", 0.5, "fisher")
+    qdrop: dict[str, Any] = {"input": "mix", "rounding": "adaround", "scales": "joint", "weighting": "fisher"}
+    qdrop |= {"drop_until": 0.8, "corrections": True}
+    assert METHODS["qdrop"] == Method(**qdrop, drop=0.5)
     assert METHODS["pdquant"] == replace(METHODS["qdrop"], prediction=0.1)
     assert not METHODS["nearest"].learns
-    assert get_method("qdrop", granularity="net", drop=0.25) == Method(
-        "net", "mix", "adaround", "joint", 0.25, "fisher"
-    )
+    assert get_method("qdrop", granularity="net", drop=0.25) == Method(**qdrop, granularity="net", drop=0.25)
 
 
 def test_unknown_presets_and_coordinates_are_refused() -> None:
@@ -67,6 +68,8 @@ def test_unknown_presets_and_coordinates_are_refused() -> None:
         get_method("qdrop", granularity="pixel")
     with pytest.raises(PTQError, match=r"drop=1\.0"):
         get_method("qdrop", drop=1.0)
+    with pytest.raises(PTQError, match=r"drop_until=1\.5 is no share"):
+        get_method("qdrop", drop_until=1.5)
     with pytest.raises(PTQError, match=r"prediction=-1\.0"):
         get_method("qdrop", prediction=-1.0)
     with pytest.raises(PTQError, match="mixes nothing"):

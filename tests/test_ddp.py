@@ -58,11 +58,11 @@ def test_all_ranks_leave_every_unit_with_the_same_parameters(tmp_path: Path, cha
 
 @pytest.mark.parametrize("steps", [8, 20, 21])  # in a unit, behind the last one, in the whole network's epoch
 def test_resume_on_two_processes_is_bit_equal(tmp_path: Path, steps: int) -> None:
-    fit_on_two(tmp_path / "whole")
-    stopped = tiny_module(steps_per_unit=5, rounding_lr=0.05)
+    fit_on_two(tmp_path / "whole", network_steps=2)
+    stopped = tiny_module(steps_per_unit=5, rounding_lr=0.05, network_steps=2)
     two = trainer(tmp_path / "stopped", devices=2, strategy="ddp_fork", max_steps=steps, use_distributed_sampler=False)
     two.fit(stopped, datamodule=tiny_data())
-    fit_on_two(tmp_path / "resumed", ckpt_path=tmp_path / "stopped" / "checkpoints" / "last.ckpt")
+    fit_on_two(tmp_path / "resumed", network_steps=2, ckpt_path=tmp_path / "stopped" / "checkpoints" / "last.ckpt")
     states = [
         torch.load(tmp_path / run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         for run in ("whole", "resumed")
