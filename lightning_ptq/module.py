@@ -294,7 +294,7 @@ class PTQModule(Evaluation):
         checkpoint["lightning_ptq"] = {
             "model": self._model_digest,
             "structure": self._structure(),
-            "settings": self._settings() | self._environment(),
+            "settings": self._settings(),
             "session": self.session.state(),
         }
 
@@ -309,7 +309,7 @@ class PTQModule(Evaluation):
                 "the checkpoint belongs to a model with other weights. Give the weights that it was calibrated from."
             )
         if self._trainer is not None and self.trainer.state.fn == "fit":
-            check_same(saved["settings"], self._settings() | self._environment(), "calibration setting")
+            check_same(saved["settings"], self._settings(), "calibration setting")
         else:  # weights of loss terms: they say nothing to who only uses the network, with whatever terms
             live = {key: value for key, value in self.state_dict().items() if key.endswith(".ratio_sums")}
             checkpoint["state_dict"].update(live)
@@ -471,13 +471,11 @@ class PTQModule(Evaluation):
         """Settings that decide which parameters there are and what they mean."""
         return self.quant.to_dict() | {"granularity": self.method.granularity, "rounding": self.method.rounding}
 
-    def _environment(self) -> dict[str, Any]:
-        """What else a resumed run must share to end with the same parameters."""
-        return {"processes": self.trainer.world_size, "precision": self.trainer.precision}
-
     def _settings(self) -> dict[str, Any]:
-        """Settings that decide how calibration proceeds."""
+        """Settings, the Trainer's among them, that decide how calibration proceeds."""
         return {
+            "processes": self.trainer.world_size,
+            "precision": self.trainer.precision,
             "method": self.method_name,
             "input": self.method.input,
             "scales": self.method.scales,

@@ -89,6 +89,7 @@ class Session:
         self._student_out: Tensor | None = None
         self._unit_clock: float | None = None
         self._carried_seconds = 0.0
+        self._held_out = 0
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs, in primitives."""
@@ -195,7 +196,10 @@ class Session:
             return self._images, self._on_device
         images = data.open()
         counts = world.gather(torch.tensor([len(images)])).flatten()
-        check_batch(int(counts.min()), data.batch_size, world.size)
+        least = int(counts.min())
+        check_batch(least, data.batch_size, world.size)
+        # The same number everywhere: processes with and without images that judge would judge differently.
+        self._held_out = held_out_of(least, data.held_out, data.batch_size)
         digest = int(world.gather(torch.tensor([data_digest(images)])).sum()) % 2**62
         if self.image_digest not in (None, digest):
             raise PTQError(
@@ -212,9 +216,7 @@ class Session:
     def _open(self, data: Images, world: World) -> UnitCache:
         """Check the images, estimate ranges if there are none yet, weigh channels, and cache the first unit."""
         images, on_device = self._checked_images(data, world)
-        # The same number everywhere: processes with and without images that judge would judge differently.
-        least = int(world.gather(torch.tensor([len(images)])).min())
-        held_out = held_out_of(least, data.held_out, data.batch_size)
+        held_out = self._held_out
         share = min(-(-RANGE_IMAGES // world.size), len(images) - held_out)
         if not all(q.enabled for q in weight_quantizers(self.student)):
             start = time.monotonic()

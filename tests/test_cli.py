@@ -55,11 +55,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return summary.parent
 
 
-def test_a_network_beside_the_caller_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_beside_the_caller_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "beside_me.py").write_text("from lightning_ptq.models import digits_net as build\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
     main(["plan", "--model.model=beside_me.build", "--data=lightning_ptq.DigitsData"])
+    assert "units for 512 calibration images of shape 1x8x8" in capsys.readouterr().out
 
 
 def student_top1(text: str) -> float:
