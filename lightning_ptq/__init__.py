@@ -1,5 +1,6 @@
 """Post-training quantization of vision networks as a LightningModule."""
 
+from lightning_ptq.augment import Augmentation
 from lightning_ptq.config import QuantConfig
 from lightning_ptq.datamodule import CalibrationDataModule, CIFAR10Data, DigitsData, ImageFolderData
 from lightning_ptq.errors import PTQError
@@ -10,6 +11,7 @@ from lightning_ptq.module import PTQModule
 __version__ = "0.1.0"
 
 __all__ = [
+    "Augmentation",
     "CIFAR10Data",
     "CalibrationDataModule",
     "ContrastiveConfig",

@@ -188,6 +188,24 @@ def _stretch(sigmoid: Tensor) -> Tensor:
     return (sigmoid * (ZETA - GAMMA)).add_(GAMMA).clamp_(0.0, 1.0)
 
 
+def straight_through(rounded: Tensor, x: Tensor) -> Tensor:
+    """`rounded`, with the gradient that arrives passed on to `x` as it is. Both of one shape."""
+    result: Tensor = _StraightThrough.apply(rounded, x)
+    return result
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Not x + (rounded - x).detach(): that sum is not exactly `rounded`."""
+
+    @staticmethod
+    def forward(ctx: Any, rounded: Tensor, x: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
+
+
 def undecided(roundings: Sequence[Tensor], beta: float) -> Tensor:
     """sum(1 - |2 h - 1| ** beta) over all elements: zero where every h is 0 or 1 (Nagel et al. 2020, eq. 24).
 

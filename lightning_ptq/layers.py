@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_ptq.config import QuantConfig
 from lightning_ptq.functional import in_float32
-from lightning_ptq.quantizers import WeightQuantizer
+from lightning_ptq.weights import ROUNDINGS, WeightQuantizer
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
 
@@ -50,7 +50,7 @@ class _Quantized(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.weight_quantizer
-        if q.is_soft or q.nearest or not (q.enabled and q.log_gain.requires_grad and torch.is_grad_enabled()):
+        if q.is_learned or q.nearest or not (q.enabled and q.log_gain.requires_grad and torch.is_grad_enabled()):
             return self.compute(x, *self.quantized())
         # Gains that are trained without the rounding act on the output: the weight then needs no gradient, and that is
         # a third of a convolution's arithmetic.
@@ -106,12 +106,11 @@ def is_quantizable(module: nn.Module) -> bool:
 def quantize_layer(module: nn.Module, bits: int, config: QuantConfig, rounding: str = "nearest") -> nn.Module:
     """The quantized twin of a float layer; it shares the layer's parameters and computes the same without ranges."""
     assert isinstance(module.weight, Tensor)
-    quantizer = WeightQuantizer(
+    quantizer = ROUNDINGS[rounding](
         module.weight.shape,
         bits,
         per_channel=config.weight_per == "channel",
         symmetric=config.weight_symmetric,
-        rounding=rounding,
     )
     return REGISTRY[type(module)].from_float(module, quantizer)
 

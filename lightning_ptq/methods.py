@@ -10,10 +10,10 @@ from lightning_ptq.config import Granularity, check_option
 from lightning_ptq.errors import PTQError
 
 UnitInput = Literal["fp", "quant", "mix"]
-Rounding = Literal["nearest", "adaround"]
+Rounding = Literal["nearest", "adaround", "flexround"]
 ScaleLearning = Literal["none", "joint", "after"]
 Weighting = Literal["equal", "fisher"]
-MethodName = Literal["nearest", "adaround", "brecq", "qdrop", "pdquant"]
+MethodName = Literal["nearest", "adaround", "brecq", "qdrop", "pdquant", "flexround"]
 
 # Share of a unit's steps after which "after" starts to learn scales: BRECQ gives 20k steps to rounding, 5k to scales.
 _AFTER = 0.8
@@ -32,7 +32,7 @@ class Method:
         granularity: how large a reconstruction unit is.
         input: what a unit reads while it is calibrated: the teacher's activations ("fp"), the student's ("quant"), or
             an element-wise random mix of both ("mix").
-        rounding: "nearest", or "adaround" for learned rounding.
+        rounding: "nearest", or learned: up or down ("adaround"), or by learned divisors ("flexround").
         scales: activation scales are fixed ("none"), learned with the rounding ("joint") or after it ("after").
         drop: probability that an element stays in full precision, in a mixed input and in every activation quantizer
             of the unit.
@@ -109,6 +109,7 @@ METHODS: dict[str, Method] = {
     "brecq": Method(rounding="adaround", scales="after", weighting="fisher", corrections=True),
     "qdrop": _QDROP,
     "pdquant": replace(_QDROP, prediction=0.1),
+    "flexround": replace(_QDROP, rounding="flexround"),
 }
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lightning_ptq.allocator import keep_freed_memory
+from lightning_ptq.augment import Augmentation
 from lightning_ptq.cache import Minibatch
 from lightning_ptq.calibration import UnitReport
 from lightning_ptq.callbacks import model_callbacks
@@ -66,6 +67,9 @@ class PTQModule(Evaluation):
         rounding_lr: learning rate of the weights' rounding; None follows `steps_per_unit`.
         scale_lr: learning rate of the logarithm of activation scales and of corrections; None follows `steps_per_unit`.
         network_lr: learning rate of the last epoch; None follows `network_steps`.
+        network_rounding_lr: learning rate of the weights' rounding in the last epoch, 0 leaves it as the units did.
+        network_features: weight of the last epoch's reconstruction of the head's input next to the divergence.
+        augment: how images are changed at random in the last epoch; the teacher then runs along.
         rounding_weight: weight of AdaRound's regulariser.
         granularity, input, rounding, scales, drop, drop_until, weighting, corrections, prediction: coordinates of the
             method that differ from the preset.
@@ -93,6 +97,9 @@ class PTQModule(Evaluation):
         rounding_lr: float | None = None,
         scale_lr: float | None = None,
         network_lr: float | None = None,
+        network_rounding_lr: float = 0.0,
+        network_features: float = 0.0,
+        augment: Augmentation = Augmentation(),  # noqa: B008 (frozen)
         rounding_weight: float = 0.01,
         granularity: Granularity | None = None,
         input: UnitInput | None = None,
@@ -116,6 +123,8 @@ class PTQModule(Evaluation):
             rounding_lr=rounding_lr,
             scale_lr=scale_lr,
             network_lr=network_lr,
+            network_rounding_lr=network_rounding_lr,
+            network_features=network_features,
             rounding_weight=rounding_weight,
             held_out=held_out,
         )
@@ -150,7 +159,8 @@ class PTQModule(Evaluation):
 
         term = critic if contrastive else None
         self.objective = unit_objective(coordinates, rounding_weight, term, terms or {}, len(self.student))
-        self.network_objective = network_objective(term)
+        self.network_objective = network_objective(network_features, term)
+        self.network_features, self.network_rounding_lr, self.augment = network_features, network_rounding_lr, augment
         self.network_steps = self._network_steps(network_steps)
         self.network_lr = default_network_lr(max(self.network_steps, 1)) if network_lr is None else network_lr
         self.epoch_names = (*self.student.names, *([NETWORK] if self.network_steps else []))
@@ -341,14 +351,27 @@ class PTQModule(Evaluation):
                 progress=self.method.rounding_progress(progress),
                 importance=self.session.importance_of(unit),
                 inner=list(zip(inner, self._teacher_inner(unit, batch), strict=True)) if inner else (),
+                clean=(lambda: self._clean_out(unit, batch)) if self.method.drop and self._drop.active else None,
             )
         )
         return terms
 
+    def _clean_out(self, unit: int, batch: Minibatch) -> Tensor:
+        """The unit's output without drop and mixed input, at the Trainer's precision."""
+        self._drop.active = False
+        with self.trainer.precision_plugin.forward_context():
+            out: Tensor = self.student.units[unit](batch.student_in)
+        for q in self._selection.rounded:
+            q.take_rounding()  # the regulariser has read that of the first pass
+        return out
+
     def _network_terms(self, batch: Minibatch, step: int, progress: float) -> dict[str, Tensor]:
-        rate = cosine(progress) * self.network_lr
-        self._set_rates(scales=rate, corrections=rate)
+        fall = cosine(progress)
+        rate = fall * self.network_lr
+        self._set_rates(rounding=fall * self.network_rounding_lr, scales=rate, corrections=rate)
         head = len(self.student) - 1
+        if self.augment:
+            batch = self._augmented(batch, step)
         terms: dict[str, Tensor] = self.network_objective(
             UnitBatch(
                 student_out=self.student(batch.student_in, stop=head),
@@ -361,9 +384,19 @@ class PTQModule(Evaluation):
                 unit=0,
                 step=step,
                 progress=progress,
+                changed=bool(self.augment),
             )
         )
         return terms
+
+    @torch.no_grad()
+    def _augmented(self, batch: Minibatch, step: int) -> Minibatch:
+        """The batch with changed images, and what the teacher makes of these."""
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, step, self.global_rank))
+        images = self.teacher.laid_out(self.augment(batch.student_in, generator), self.device)
+        head_in = self.teacher(images, stop=len(self.teacher) - 1)
+        out = self.teacher(head_in, start=len(self.teacher) - 1)
+        return Minibatch(images, images, head_in, out, batch.rows)
 
     # ---- units ----
 
@@ -382,9 +415,10 @@ class PTQModule(Evaluation):
             weighting=self.method.weighting,
             again=self.network_steps > 0,
             held_out=self.held_out,
+            round_again=self.network_rounding_lr > 0,
         )
         self.session.enter(unit, images, World(self.device, size, self._all))
-        self._select(unit)
+        self._select(unit, fresh=first_step == 0)
         if first_step == 0:
             # Moments belong to one unit's steps; the network's epoch starts its own for the same scales.
             self.trainer.optimizers[0].state.clear()
@@ -425,11 +459,12 @@ class PTQModule(Evaluation):
         for logger in self.loggers:
             logger.log_metrics({f"units/{name}/{key}": value for key, value in numbers.items()}, step=self.global_step)
 
-    def _select(self, unit: int | None) -> None:
+    def _select(self, unit: int | None, *, fresh: bool = True) -> None:
         """Train `unit`, the whole network if that is len(student), or nothing."""
         self.teacher.requires_grad_(False)
         self.zero_grad()
-        self._selection = select(self.student, unit, self.method, self._drop)
+        again = self.network_rounding_lr > 0
+        self._selection = select(self.student, unit, self.method, self._drop, round_again=again, fresh=fresh)
 
     def _unit_input(self, batch: Minibatch) -> Tensor:
         if self.method.input == "fp":
@@ -488,6 +523,9 @@ class PTQModule(Evaluation):
             "steps_per_unit": self.steps_per_unit,
             "network_steps": self.network_steps,
             "network_lr": self.network_lr,
+            "network_rounding_lr": self.network_rounding_lr,
+            "network_features": self.network_features,
+            "augment": asdict(self.augment),
             "batch_size": self.batch_size,
             "held_out": self.held_out,
             "rounding_lr": self.rounding_lr,

@@ -2,8 +2,8 @@
 
 Unit by unit, each error is judged where it arises. What remains is judged at the output: activation scales and, for
 every channel of every layer, a gain on the quantized weights and a shift of the bias are trained together, from where
-the units left them. None of it costs anything at inference, since gains go into the weights' scales and shifts into the
-biases.
+the units left them, and the weights' rounding if asked for. None of it costs anything at inference, since gains go into
+the weights' scales and shifts into the biases.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_ptq.cache import Minibatch, judged_rows, run_chunked, take
 from lightning_ptq.calibration import UnitReport, report
@@ -43,6 +43,7 @@ class NetworkCache:
         images: this process's calibration images (N, C, H, W). teacher_out, features: what the teacher makes of them.
         device: where units run; the tensors may lie in host memory.
         drawn: so many of the images, the first ones, are drawn for steps; the others judge.
+        rounding: the epoch trains the weights' rounding too.
     """
 
     def __init__(
@@ -53,8 +54,12 @@ class NetworkCache:
         features: Tensor,
         device: torch.device,
         drawn: int,
+        rounding: bool = False,
     ) -> None:
         self.student, self.device, self.drawn = student, device, drawn
+        self.learned = [q.log_scale for q in act_quantizers(student)]
+        for q in weight_quantizers(student):
+            self.learned += [*q.corrections, *(q.roundings if rounding else ())]
         self.images, self.teacher_out, self.features = images, teacher_out, features
 
     @property
@@ -80,7 +85,7 @@ class NetworkStart:
     """Where the last epoch began, for the judgement at its end: what a checkpoint in its middle must hold.
 
     Attributes:
-        learned: copies of what the epoch trains, in the order of `_learned`, in host memory.
+        learned: copies of what the epoch may train, `NetworkCache.learned`, in host memory.
         prediction: `prediction_loss` of the student. mse: `reconstruction_loss` of its output.
     """
 
@@ -91,22 +96,17 @@ class NetworkStart:
     @classmethod
     def of(cls, cache: NetworkCache, out: Tensor, mean: Mean) -> NetworkStart:
         """The student as it stands, whose output for the cache's images is `out`."""
-        learned = [parameter.detach().cpu().clone() for parameter in _learned(cache.student)]
+        learned = [parameter.detach().cpu().clone() for parameter in cache.learned]
         return cls(learned, *_errors(cache, out, mean))
 
-    def restore(self, student: Chain) -> None:
-        """Put `student` back."""
-        for parameter, saved in zip(_learned(student), self.learned, strict=True):
+    def restore(self, cache: NetworkCache) -> None:
+        """Put the cache's student back."""
+        for parameter, saved in zip(cache.learned, self.learned, strict=True):
             parameter.data.copy_(saved)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values and tensors only."""
         return asdict(self)
-
-
-def _learned(student: Chain) -> list[nn.Parameter]:
-    corrections = [parameter for q in weight_quantizers(student) for parameter in q.corrections]
-    return [q.log_scale for q in act_quantizers(student)] + corrections
 
 
 def finish_network(cache: NetworkCache, start: NetworkStart, mean: Mean) -> tuple[UnitReport, Tensor]:
@@ -121,7 +121,7 @@ def finish_network(cache: NetworkCache, start: NetworkStart, mean: Mean) -> tupl
     # Not `after > limit`: a NaN must be rejected too.
     accepted = after <= limit and math.isfinite(mse)
     if not accepted:
-        start.restore(cache.student)
+        start.restore(cache)
         out, mse = cache.student_out(), start.mse
     rows = cache.judged
     errors = (start.mse, mse)

@@ -29,7 +29,7 @@ def optimizer_of(student: Chain) -> Adam:
     """
     weights = weight_quantizers(student)
     groups: list[dict[str, Any]] = [
-        {"params": [q.alpha for q in weights if q.alpha is not None], "name": "rounding"},
+        {"params": [p for q in weights for p in q.roundings], "name": "rounding"},
         {"params": [q.log_scale for q in act_quantizers(student)], "name": "scales"},
         # A short memory: there are few steps, and a channel's gradient changes its size with them.
         {"params": [p for q in weights for p in q.corrections], "name": "corrections", "betas": (0.9, 0.99)},

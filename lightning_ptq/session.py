@@ -58,6 +58,7 @@ class Images:
         config: how ranges are estimated from the images. weighting: how channels are weighted.
         again: whether the whole network's epoch will need the images again. A loader may not give them twice.
         held_out: share of the images that judge what was learned on the others.
+        round_again: whether that epoch trains the weights' rounding.
     """
 
     open: Callable[[], Tensor]
@@ -67,6 +68,7 @@ class Images:
     weighting: Weighting
     again: bool
     held_out: float
+    round_again: bool
 
 
 class Session:
@@ -148,7 +150,7 @@ class Session:
         self.cache = self._student_out = head = None  # what only the units need goes first
         images, on_device = self._checked_images(data, world)
         images = images.to(world.device) if on_device else images
-        self.cache = NetworkCache(self.student, images, teacher_out, features, world.device, drawn)
+        self.cache = NetworkCache(self.student, images, teacher_out, features, world.device, drawn, data.round_again)
         if self._network_start is None:
             assert out is not None
             self._network_start = NetworkStart.of(self.cache, out, world.mean)

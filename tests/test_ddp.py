@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 
+from lightning_ptq import Augmentation, ContrastiveConfig
 from lightning_ptq.quantizers import act_quantizers, weight_quantizers
 from tests.helpers import assert_equal_states, quantization_state, tiny_data, tiny_module, trainer
 
@@ -21,6 +22,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:It is recommended to use `self.log.*sync_dist=True`"),
     pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders"),
 ]
+
+
+ROUNDED_AGAIN: dict[str, Any] = {
+    "contrastive": True,
+    "critic": ContrastiveConfig(feature="positions"),
+    "network_rounding_lr": 0.2,
+    "augment": Augmentation(flip=True, shift=1),
+}
 
 
 class SameOnAllRanks(L.Callback):
@@ -49,7 +58,9 @@ def fit_on_two(folder: Path, ckpt_path: Path | None = None, **changes: Any) -> A
     return module
 
 
-@pytest.mark.parametrize("changes", [{}, {"contrastive": True}, {"method": "brecq"}, {"method": "nearest"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"contrastive": True}, {"method": "brecq"}, {"method": "nearest"}, ROUNDED_AGAIN]
+)
 def test_all_ranks_leave_every_unit_with_the_same_parameters(tmp_path: Path, changes: dict[str, Any]) -> None:
     module = fit_on_two(tmp_path, **changes)
     checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)

@@ -126,7 +126,7 @@ def test_nearest_learns_nothing(tmp_path: Path) -> None:
     assert all(unit["flipped_fraction"] == 0 for unit in summary["units"])
 
 
-@pytest.mark.parametrize("method", ["adaround", "brecq", "qdrop", "pdquant"])
+@pytest.mark.parametrize("method", ["adaround", "brecq", "qdrop", "pdquant", "flexround"])
 @pytest.mark.parametrize("contrastive", [False, True])
 def test_every_method_runs_and_moves_what_it_learns(tmp_path: Path, method: str, contrastive: bool) -> None:
     module = tiny_module(method=method, contrastive=contrastive, steps_per_unit=20, rounding_lr=0.1, scale_lr=0.01)
@@ -136,7 +136,7 @@ def test_every_method_runs_and_moves_what_it_learns(tmp_path: Path, method: str,
     assert any(report.flipped_fraction > 0 for report in module.reports)
     balanced = [name for name, term in module.objective.terms.items() if term.rho is not None]
     assert balanced == ["prediction"] * (method == "pdquant") + ["contrastive"] * contrastive
-    assert (module.objective.ratio_sums[:, 2:] > 0).all()
+    assert (module.objective.ratio_sums[:, 1 + (method != "flexround") :] > 0).all()
 
 
 @pytest.mark.parametrize("granularity", ["layer", "block", "stage", "net"])

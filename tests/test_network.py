@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_ptq import CalibrationDataModule, PTQError, PTQModule, QuantConfig
+from lightning_ptq import Augmentation, CalibrationDataModule, PTQError, PTQModule, QuantConfig
 from lightning_ptq.layers import quantize_layer, quantized_layers
 from lightning_ptq.network import NetworkCache, NetworkStart, finish_network
 from lightning_ptq.quantizers import act_quantizers, weight_quantizers
@@ -71,6 +71,45 @@ def test_it_moves_scales_gains_and_biases_and_no_rounding(units_only: PTQModule,
     before, after = quantization_state(units_only), quantization_state(with_network)
     changed = {key.rsplit(".", 1)[1] for key in before if not torch.equal(before[key], after[key])}
     assert changed == {"log_scale", "log_gain", "bias_shift"}
+
+
+def test_rounding_that_is_learned_again_ends_hard_and_closer(
+    tmp_path: Path, units_only: PTQModule, with_network: PTQModule
+) -> None:
+    module = fitted(tmp_path, network_steps=150, network_lr=5e-3, network_rounding_lr=0.02)
+    before, after = quantization_state(units_only), quantization_state(module)
+    assert any(bool((before[key].sign() != after[key].sign()).any()) for key in before if key.endswith(".alpha"))
+    assert divergence(module) < divergence(with_network)
+    for _, layer in quantized_layers(module.student):
+        q, weight = layer.weight_quantizer, layer.weight
+        assert not q.straight
+        distance = (q.integers(weight) - q.zero_point - weight / q.scale).abs()
+        assert bool((distance[q.integers(weight).clamp(1, 2) == q.integers(weight)] <= 1).all())
+
+
+def test_harm_to_the_rounding_is_undone(tmp_path: Path, units_only: PTQModule) -> None:
+    module = fitted(tmp_path, network_steps=10, network_lr=30.0, network_rounding_lr=3.0)
+    assert not module.reports[-1].accepted
+    assert_equal_states(quantization_state(module), quantization_state(units_only))
+
+
+def test_augmented_images_are_shown_to_both_networks(tmp_path: Path) -> None:
+    """With a perfect student all terms are zero only if teacher and student see the same images."""
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    module = PTQModule(decided_net(), QuantConfig(8, 8), steps_per_unit=2, network_steps=4, batch_size=8, seed=3,
+                       augment=Augmentation(flip=True, shift=2), network_features=1.0)  # fmt: skip
+    whole = module.network_objective.forward
+    module.network_objective.forward = lambda batch: (
+        seen.append(  # type: ignore[method-assign]
+            (batch.student_out.detach(), batch.teacher_out, module.session.opened.features[batch.rows])
+        )
+        or whole(batch)
+    )  # type: ignore[func-returns-value]
+    trainer(tmp_path).fit(module, datamodule=tiny_data())
+    assert len(seen) == 4
+    for student, teacher, cached in seen:
+        torch.testing.assert_close(student, teacher, atol=0.15, rtol=0.1)
+        assert not torch.allclose(module.teacher(teacher, start=len(module.teacher) - 1), cached, atol=0.1)
 
 
 def test_adaround_learns_no_activation_scales_here_either(tmp_path: Path) -> None:

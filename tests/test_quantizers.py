@@ -5,8 +5,9 @@ import torch
 
 from lightning_ptq import functional as F
 from lightning_ptq.drop import DropMask
-from lightning_ptq.quantizers import ActQuantizer, WeightQuantizer, float_mode, initial_ranges
+from lightning_ptq.quantizers import ActQuantizer, float_mode, initial_ranges
 from lightning_ptq.ranges import weight_qparams
+from lightning_ptq.weights import ROUNDINGS, AdaRound, WeightQuantizer
 
 
 def ready_act(bits: int = 4, scale: float = 0.3, zero: float = 2.0) -> ActQuantizer:
@@ -17,7 +18,7 @@ def ready_act(bits: int = 4, scale: float = 0.3, zero: float = 2.0) -> ActQuanti
 
 def ready_weight(rounding: str, bits: int = 3) -> tuple[WeightQuantizer, torch.Tensor]:
     weight = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(0))
-    q = WeightQuantizer(weight.shape, bits, rounding=rounding)
+    q = ROUNDINGS[rounding](weight.shape, bits)
     q.set_range(weight, *weight_qparams(weight, "mse", bits, False, True))
     return q, weight
 
@@ -33,7 +34,7 @@ def test_fresh_adaround_is_round_to_nearest_even_at_ties() -> None:
     nearest, _ = ready_weight("nearest")
     torch.testing.assert_close(q(weight), nearest(weight), rtol=0, atol=0)
     ties = torch.tensor([[0.5, 1.5, 2.5, -0.5]])
-    q = WeightQuantizer(ties.shape, 4, rounding="adaround")
+    q = AdaRound(ties.shape, 4)
     q.set_range(ties, torch.ones(1), torch.full((1,), 8.0))
     assert q(ties).tolist() == ties.round().tolist()
     assert q.flipped(ties) == 0
@@ -192,7 +193,7 @@ def test_state_restores_values_and_readiness() -> None:
     x = torch.randn(50)
     assert torch.equal(twin(x), q(x))
     w, weight = ready_weight("adaround")
-    other = WeightQuantizer(weight.shape, 3, rounding="adaround")
+    other = AdaRound(weight.shape, 3)
     other.load_state_dict(w.state_dict())
     assert torch.equal(other(weight), w(weight))
 
@@ -226,7 +227,7 @@ def test_all_zero_channels_stay_zero() -> None:
     weight = torch.randn(4, 9)
     weight[2] = 0
     for method in ("minmax", "mse", "percentile"):
-        q = WeightQuantizer(weight.shape, 2, rounding="adaround")
+        q = AdaRound(weight.shape, 2)
         q.set_range(weight, *weight_qparams(weight, method, 2, False, True))
         assert q.scale.isfinite().all()
         assert (q(weight)[2] == 0).all()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from lightning_ptq import PTQError
+from lightning_ptq import Augmentation, ContrastiveConfig, PTQError
 from tests.helpers import assert_equal_states, quantization_state, tiny_data, tiny_module, trainer
 
 pytestmark = [
@@ -19,6 +19,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
 ]
+
+POSITIONS = ContrastiveConfig(feature="positions", positions=32)
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -28,6 +30,12 @@ CASES: dict[str, dict[str, Any]] = {
     "limited": {"trainer": {"limit_train_batches": 4}},
     "validated each unit": {"trainer": {"check_val_every_n_epoch": 2}},
     "long last epoch": {"module": {"network_steps": 7}},
+    "rounded again": {
+        "module": {"network_steps": 5, "network_rounding_lr": 0.2, "augment": Augmentation(flip=True, shift=1)}
+    },
+    "flexround": {
+        "module": {"method": "flexround", "network_rounding_lr": 0.05, "contrastive": True, "critic": POSITIONS}
+    },
 }
 
 

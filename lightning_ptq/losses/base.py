@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -55,6 +56,8 @@ class UnitBatch:
         teacher_features: what the teacher's tail makes of `teacher_out`: the teacher's final output (B, ...).
         teacher_side: the teacher's tensors of all images, the same object in every step of a unit.
         rows: of this minibatch among all images (B,).
+        changed: whether the images were changed at random, so that the teacher's tensors of all images hold others.
+        clean: gives the unit's output as it will be, without drop and mixed input: one more forward pass.
         tail: the frozen rest of the teacher, from a unit's output to the final output.
         student_unit: the unit under calibration.
         roundings: of every weight tensor whose rounding is learned, how far each weight is rounded up, in [0, 1].
@@ -75,6 +78,13 @@ class UnitBatch:
     roundings: Sequence[Tensor] = ()
     importance: Tensor | None = None
     inner: Sequence[tuple[Tensor, Tensor]] = ()
+    changed: bool = False
+    clean: Callable[[], Tensor] | None = None
+
+    @cached_property
+    def clean_out(self) -> Tensor:
+        """The unit's output (B, ...) without drop and mixed input."""
+        return self.student_out if self.clean is None else self.clean()
 
 
 class Term(nn.Module):
@@ -90,6 +100,10 @@ class Term(nn.Module):
 
     def forward(self, batch: UnitBatch) -> Tensor:
         raise NotImplementedError
+
+    def output(self, batch: UnitBatch) -> Tensor:
+        """The unit's output that `forward` reads, where a balanced term's gradient is measured."""
+        return batch.student_out
 
     def forget(self) -> None:
         """Drop what was kept for a unit: no unit is calibrated any more."""
@@ -139,7 +153,7 @@ class Objective(nn.Module):
         assert term.rho is not None
         step = batch.step // term.every
         if step < BALANCE_STEPS:
-            ratio = _gradient_norm(reference, batch.student_out) / _gradient_norm(value, batch.student_out)
+            ratio = _gradient_norm(reference, batch.student_out) / _gradient_norm(value, term.output(batch))
             ratio = torch.nan_to_num(ratio, nan=0.0, posinf=0.0)
             if processes() > 1:
                 torch.distributed.all_reduce(ratio)

@@ -8,7 +8,7 @@ I(full-precision; quantized).
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -21,6 +21,7 @@ from lightning_ptq.losses.critic import (
     Collisions,
     FeatureMap,
     Similarity,
+    at_positions,
     cosine,
     find_negatives,
     gaussian,
@@ -29,6 +30,7 @@ from lightning_ptq.losses.critic import (
 )
 from lightning_ptq.losses.gather import first_row, gather_rows, rank, rows_of_all
 from lightning_ptq.losses.infonce import dcl_loss, debiased_loss, infonce_loss, nce_loss
+from lightning_ptq.seeds import mixed_seed
 
 ContrastiveLoss = Literal["infonce", "nce", "dcl", "debiased"]
 NegativeSource = Literal["batch", "bank"]
@@ -46,8 +48,9 @@ class ContrastiveConfig:
             (infonce whose positive is not among what it is compared with, so that its gradient stays when it is close);
             "debiased" (infonce that takes a share `prior` of the negatives for hidden positives).
         feature: what is compared: "tail" (the paper: what the frozen rest of the teacher makes of the activation),
-            "tail-features" (the same up to the last unit's input), "output" (the activation itself) or "projection" (a
-            fixed random projection of it); all but the last averaged over positions.
+            "tail-features" (the same up to the last unit's input), "output" (the activation itself), all three averaged
+            over positions, "projection" (a fixed random projection of it) or "positions" (the activation at one
+            position is compared with that at others, of the same and of other images of the batch).
         tail_units: run only so many units of the tail; None runs all that `feature` asks for.
         center: take the teacher's mean feature off both.
         similarity: "cosine", or "gaussian": the negative squared distance.
@@ -61,6 +64,7 @@ class ContrastiveConfig:
         prior: share of hidden positives among the negatives, for "debiased" and "similarity".
         every: compute the term at every so many steps only, with so many times its weight.
         images: compute the student's features of the first so many images of a batch; None takes all.
+        positions: with "positions", draw so many of the batch's at each step.
 
     Raises:
         PTQError: an unknown choice, or a number outside its range.
@@ -79,6 +83,7 @@ class ContrastiveConfig:
     prior: float = 0.1
     every: int = 1
     images: int | None = None
+    positions: int = 512
 
     def __post_init__(self) -> None:
         check_option(self.loss, get_args(ContrastiveLoss), "contrastive loss")
@@ -91,20 +96,22 @@ class ContrastiveConfig:
                 raise PTQError(f"contrastive {name}={getattr(self, name)} must be positive. The default is 0.1.")
         if not 0 <= self.prior < 1:
             raise PTQError(f"contrastive prior={self.prior} is no share below 1. The default is 0.1.")
-        for name, least in (("every", 1), ("images", 1), ("tail_units", 0)):
+        for name, least in (("every", 1), ("images", 1), ("tail_units", 0), ("positions", 2)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise PTQError(f"contrastive {name}={value} must be at least {least}. Leave it out for the default.")
 
 
 @dataclass(frozen=True)
-class _Bank:
-    """The teacher's side of one unit, of all calibration images of all processes: exact, since the teacher is frozen.
+class _Teacher:
+    """The teacher's side of a comparison: its N columns.
+
+    The bank of a unit holds all calibration images of all processes: exact, since the teacher is frozen.
 
     Attributes:
         features: (N, D). outputs: (N, classes), averaged over positions.
         mean: (D,) what is taken off all features. variance: mean squared distance of the features to their mean.
-        offset: row of this process's first image.
+        offset: column of this process's first image.
     """
 
     features: Tensor
@@ -126,36 +133,65 @@ class Contrastive(Term):
         super().__init__()
         self.config = config
         self.rho, self.every = config.rho, config.every
-        self._bank: _Bank | None = None
+        self._bank: _Teacher | None = None
         self._bank_is_of: weakref.ref[Tensor] | None = None
 
     def forward(self, batch: UnitBatch) -> Tensor:
-        """The chosen loss of the batch's images, a scalar."""
-        bank, first = self._bank_of(batch), slice(self.config.images)
-        own = bank.offset + batch.rows  # (B,) rows of the bank
-        if self.config.negatives == "bank":
-            columns, place = torch.arange(len(bank.features), device=own.device), own
-        else:
-            columns = rows_of_all(own)  # the batches of all processes
-            place = _place(own)
-        teacher = bank.features[columns]  # (N, D)
-        place = place[first]  # (b,) the column of every row's own image
-        negatives = find_negatives(place, teacher, bank.outputs[columns], self.config.collisions, self.config.prior)
-        student = self._features(batch.student_out[first], batch.tail).float() - bank.mean  # (b, D)
-        loss = self._loss(self._similarity(student, teacher, bank), place, negatives)
+        """The chosen loss of the batch, a scalar."""
+        student, side, place = self._positions(batch) if self.config.feature == "positions" else self._images(batch)
+        negatives = find_negatives(place, side.features, side.outputs, self.config.collisions, self.config.prior)
+        loss = self._loss(self._similarity(student, side.features, side), place, negatives)
         if not self.config.two_sided:
             return loss
         # The other way round: the teacher's rows of this process against the students of all.
-        back = self._similarity(rows_of_all(student), teacher[place], bank).T  # (b, b of all)
+        back = self._similarity(rows_of_all(student), side.features[place], side).T  # (b, b of all)
         return (loss + self._loss(back, _place(place), negatives[:, rows_of_all(place)])) / 2
+
+    def _images(self, batch: UnitBatch) -> tuple[Tensor, _Teacher, Tensor]:
+        """One row for each of the batch's first images: (b, D), the teacher's side, and each row's own column of it."""
+        bank, first = self._bank_of(batch), slice(self.config.images)
+        own = bank.offset + batch.rows  # (B,) rows of the bank
+        if self.config.negatives == "bank":
+            side, place = bank, own
+        else:  # the batches of all processes
+            columns, place = rows_of_all(own), _place(own)
+            side = replace(bank, features=bank.features[columns], outputs=bank.outputs[columns])
+        if batch.changed:
+            with torch.no_grad():
+                features = self._features(batch.teacher_out, batch.tail).float() - bank.mean
+            outputs = pooled(batch.teacher_features.float())
+            if self.config.negatives == "bank":
+                features = side.features.index_copy(0, place, features)
+                outputs = side.outputs.index_copy(0, place, outputs)
+            else:
+                features, outputs = rows_of_all(features), rows_of_all(outputs)
+            side = replace(side, features=features, outputs=outputs)
+        student = self._features(batch.student_out[first], batch.tail).float() - bank.mean
+        return student, side, place[first]
+
+    def _positions(self, batch: UnitBatch) -> tuple[Tensor, _Teacher, Tensor]:
+        """The same with one row for each of so many positions, drawn anew at each step among those of all images."""
+        first = slice(self.config.images)
+        student, teacher = (at_positions(x[first]) for x in (batch.student_out, batch.teacher_out))
+        image = torch.arange(len(student)) // (len(student) // len(batch.student_out[first]))
+        generator = torch.Generator().manual_seed(mixed_seed(batch.unit, batch.step, rank()))
+        drawn = torch.randperm(len(student), generator=generator)[: self.config.positions]
+        image, drawn = image[drawn].to(student.device), drawn.to(student.device)
+        features = rows_of_all(teacher[drawn].float())
+        outputs = rows_of_all(pooled(batch.teacher_features.float())[image])
+        mean = features.mean(0)
+        variance = (features - mean).square().sum(1).mean()
+        mean = mean if self.config.center else torch.zeros_like(mean)
+        side = _Teacher(features - mean, outputs, mean, variance, 0)
+        return student[drawn].float() - mean, side, _place(drawn)
 
     def forget(self) -> None:
         """Drop the teacher's side."""
         self._bank = self._bank_is_of = None
 
-    def _similarity(self, student: Tensor, teacher: Tensor, bank: _Bank) -> Tensor:
+    def _similarity(self, student: Tensor, teacher: Tensor, side: _Teacher) -> Tensor:
         if self.config.similarity == "gaussian":
-            return gaussian(student, teacher, self.config.temperature, bank.variance)
+            return gaussian(student, teacher, self.config.temperature, side.variance)
         return cosine(student, teacher, self.config.temperature)
 
     def _loss(self, logits: Tensor, own: Tensor, negatives: Tensor) -> Tensor:
@@ -180,7 +216,7 @@ class Contrastive(Term):
         return max(0, wanted if self.config.tail_units is None else min(wanted, self.config.tail_units))
 
     @torch.no_grad()
-    def _bank_of(self, batch: UnitBatch) -> _Bank:
+    def _bank_of(self, batch: UnitBatch) -> _Teacher:
         """The teacher's side, computed once for each unit."""
         side = batch.teacher_side
         if self._bank is None or self._bank_is_of is None or self._bank_is_of() is not side.teacher_out:
@@ -196,6 +232,6 @@ class Contrastive(Term):
             mean = features.mean(0)
             variance = (features - mean).square().sum(1).mean()
             mean = mean if self.config.center else torch.zeros_like(mean)
-            self._bank = _Bank(features - mean, outputs, mean, variance, offset)
+            self._bank = _Teacher(features - mean, outputs, mean, variance, offset)
             self._bank_is_of = weakref.ref(side.teacher_out)
         return self._bank

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d, normalize
 
-FeatureMap = Literal["tail", "tail-features", "output", "projection"]
+FeatureMap = Literal["tail", "tail-features", "output", "projection", "positions"]
 Similarity = Literal["cosine", "gaussian"]
 Collisions = Literal["argmax", "similarity", "keep"]
 
@@ -21,6 +21,11 @@ GRID, PROJECTED = 4, 128
 def pooled(x: Tensor) -> Tensor:
     """(B, C, ...) -> (B, C): mean over positions."""
     return x.mean(tuple(range(2, x.dim()))) if x.dim() > 2 else x
+
+
+def at_positions(x: Tensor) -> Tensor:
+    """(B, C, ...) -> (B * positions, C): every position of every image is a row, those of one image together."""
+    return x.flatten(2).transpose(1, 2).flatten(0, 1) if x.dim() > 2 else x
 
 
 def projected(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning_ptq.losses.base import Objective, Term
 from lightning_ptq.losses.contrastive import Contrastive, ContrastiveConfig
 from lightning_ptq.losses.prediction import Prediction, PredictionDifference
-from lightning_ptq.losses.reconstruction import Reconstruction
+from lightning_ptq.losses.reconstruction import Reconstruction, RelativeReconstruction
 from lightning_ptq.losses.rounding import RoundingRegularizer
 from lightning_ptq.methods import Method
 
@@ -24,9 +24,11 @@ def unit_objective(
     return Objective(terms | further, units)
 
 
-def network_objective(critic: ContrastiveConfig | None) -> Objective:
-    """What the last epoch minimises."""
+def network_objective(features: float, critic: ContrastiveConfig | None) -> Objective:
+    """What the last epoch minimises; `features` is the weight of the reconstruction of the head's input."""
     terms: dict[str, Term] = {"prediction": Prediction()}
+    if features:
+        terms["features"] = RelativeReconstruction(features)
     if critic is not None:
         terms["contrastive"] = Contrastive(critic)
     return Objective(terms, 1)

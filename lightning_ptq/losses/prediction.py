@@ -46,4 +46,8 @@ class PredictionDifference(Prediction):
         self.rho = rho
 
     def forward(self, batch: UnitBatch) -> Tensor:
-        return prediction_loss(batch.tail(batch.student_out), batch.teacher_features, TEMPERATURE)
+        return prediction_loss(batch.tail(self.output(batch)), batch.teacher_features, TEMPERATURE)
+
+    def output(self, batch: UnitBatch) -> Tensor:
+        """Without drop: as PD-Quant's code has it, whose batches hold every image once with and once without."""
+        return batch.clean_out

@@ -52,3 +52,18 @@ class Reconstruction(Term):
         for student, teacher in batch.inner:
             loss = loss + reconstruction_loss(student, teacher)
         return loss
+
+
+class RelativeReconstruction(Term):
+    """Squared error of the unit's output relative to the variance of the teacher's in the batch, times `weight`.
+
+    What it is worth next to a term of another kind then does not depend on the network.
+    """
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, batch: UnitBatch) -> Tensor:
+        student, teacher = batch.student_out.float(), batch.teacher_out.float()
+        return self.weight * mse_loss(student, teacher) / teacher.var().clamp(min=1e-8)

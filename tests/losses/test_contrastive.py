@@ -161,6 +161,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"two_sided": True, "similarity": "gaussian", "collisions": "keep"},
     {"negatives": "bank", "feature": "output", "center": True},
     {"negatives": "bank", "two_sided": True, "collisions": "similarity"},
+    {"feature": "positions", "two_sided": True},
 ]
 
 
@@ -200,6 +201,64 @@ def test_two_processes_equal_one_with_both_batches(tmp_path: Path) -> None:
             expected = value_and_gradient(settings, 0, 14, torch.tensor([1, 5, 2, 9, 8, 13]))
             torch.testing.assert_close(loss, expected[0], msg=str(settings))
             torch.testing.assert_close(gradient, expected[1], msg=str(settings))
+
+
+@pytest.mark.parametrize("two_sided", [False, True])
+@pytest.mark.parametrize("collisions", ["keep", "argmax"])
+def test_positions_are_rows_of_their_own(collisions: Any, two_sided: bool) -> None:
+    setting, rows = Setting(), torch.tensor([5, 0, 9, 2])
+    batch = setting.batch(rows)
+    batch.teacher_features = setting.features[rows]
+    value = term(feature="positions", positions=99, collisions=collisions, two_sided=two_sided)(batch)
+    losses = []
+    for student, teacher in ((setting.student_all, setting.teacher_out), (setting.teacher_out, setting.student_all)):
+        for i in rows:
+            for y, x in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                query, total, own = student[i, :, y, x], 0.0, 0.0
+                for j in rows:
+                    for v, u in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                        key = teacher[j, :, v, u]
+                        similarity = (query @ key / query.norm() / key.norm() / 0.1).exp()
+                        own = similarity if (i, y, x) == (j, v, u) else own
+                        same = setting.features[i].argmax() == setting.features[j].argmax()
+                        if (i, y, x) == (j, v, u) or collisions == "keep" or not same:
+                            total = total + similarity
+                losses.append(-(own / total).log())
+    count = 16
+    expected = torch.stack(losses if two_sided else losses[:count]).mean()
+    torch.testing.assert_close(value, expected)
+
+
+def test_positions_are_drawn_anew_at_each_step_and_the_same_for_teacher_and_student() -> None:
+    setting = Setting()
+    batch = setting.batch(torch.arange(12))
+    batch.student_out = setting.teacher_out.clone()
+    contrastive = term(feature="positions", positions=8, collisions="keep", temperature=0.01)
+    values = []
+    for step in range(3):
+        batch.step = step
+        values.append(float(contrastive(batch)))
+    assert len(set(values)) == 3
+    assert max(values) < 1.0, "of 8 positions each is most like itself"
+
+
+@pytest.mark.parametrize("negatives", ["batch", "bank"])
+def test_images_that_were_changed_are_compared_with_what_the_teacher_makes_of_them(negatives: Any) -> None:
+    setting, rows = Setting(), torch.tensor([5, 0, 9, 2])
+    changed = setting.teacher_out[rows].flip(3) + 0.5 * torch.randn(4, 3, 2, 2)
+    outputs = setting.run(changed, 3).detach()
+    batch = setting.batch(rows)
+    batch.changed, batch.teacher_out, batch.teacher_features = True, changed, outputs
+    value = term(feature="projection", negatives=negatives)(batch)
+    student, own = projected(setting.student_all[rows]), projected(changed)
+    teacher, classes = own, outputs.argmax(1)
+    place = torch.arange(4)
+    if negatives == "bank":
+        teacher, classes, place = projected(setting.teacher_out), setting.features.argmax(1), rows
+        teacher[rows], classes[rows] = own, outputs.argmax(1)
+    logits = cosine(student, teacher, 0.1)
+    mask = classes[place][:, None] != classes
+    torch.testing.assert_close(value, infonce_loss(logits[torch.arange(4), place], logits, mask))
 
 
 def test_dense_outputs_are_pooled_over_positions() -> None:
