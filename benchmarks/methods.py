@@ -43,6 +43,12 @@ GRIDS: dict[str, Grid] = {
     "steps": {"steps": [100, 250, 500, 1000, 2000]},
     "contrastive": {"bits": BITS, "method": BASES, "contrastive": [False, True], "samples": [1024, 128]},
     "sizes": {"samples": [64, 128, 256, 1024], "contrastive": [False, True]},
+    "best": {
+        "bits": BITS,
+        "contrastive": [True],
+        "network_steps": [1500],
+        "options": [{"augment": {"flip": True, "shift": 2}}],
+    },
     "time": {"network_steps": [0, None]},
 }
 DEFAULTS: dict[str, Any] = {
@@ -85,6 +91,9 @@ def run_one(settings: dict[str, Any], root: Path, threads: int) -> dict[str, Any
     import lightning_ptq as ptq
 
     torch.set_num_threads(threads)
+    options = dict(settings["options"])
+    if "augment" in options:
+        options["augment"] = ptq.Augmentation(**options["augment"])
     bits, samples, seed = settings["bits"], settings["samples"], settings["seed"]
     module = ptq.PTQModule(
         trained(settings["model"], root),
@@ -95,7 +104,7 @@ def run_one(settings: dict[str, Any], root: Path, threads: int) -> dict[str, Any
         steps_per_unit=settings["steps"],
         network_steps=settings["network_steps"],
         seed=seed,
-        **settings["options"],
+        **options,
     )
     data = ptq.ImageFolderData(str(root), resize=None, crop=None, calibration_samples=samples, seed=seed)
     data.setup("fit")

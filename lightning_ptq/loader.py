@@ -23,8 +23,7 @@ class UnitLoader:
 
     def __len__(self) -> int:
         """Steps of the current epoch."""
-        module = self.module
-        return module.network_steps if module.trainer.current_epoch == len(module.student) else module.steps_per_unit
+        return self.module.steps_of(self.module.trainer.current_epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: it tells Lightning that resuming in the middle works."""

@@ -86,12 +86,14 @@ class Method:
 
     def rate_factors(self, progress: float) -> tuple[float, float]:
         """Multipliers of the (rounding, scale) learning rates at `progress` in [0, 1) of a unit's steps."""
+        # AdaRound's regulariser ends the search; what is straight through would go on jumping.
+        rounding = cosine(self.rounding_progress(progress)) if self.rounding == "flexround" else 1.0
         if self.scales == "none":
-            return 1.0, 0.0
+            return rounding, 0.0
         if self.scales == "joint":
-            return 1.0, cosine(progress)
+            return rounding, cosine(progress)
         if progress < _AFTER:
-            return 1.0, 0.0
+            return rounding, 0.0
         return 0.0, cosine((progress - _AFTER) / (1.0 - _AFTER))
 
     def rounding_progress(self, progress: float) -> float:
@@ -159,11 +161,6 @@ def default_rates(steps: int) -> tuple[float, float]:
 def default_network_steps(steps: int) -> int:
     """Steps of the whole network's epoch where units take `steps`: each goes through all of them."""
     return -(-steps // 8)
-
-
-def default_network_lr(steps: int) -> float:
-    """Learning rate of the whole network's epoch of `steps` steps; fitted on held-out calibration images too."""
-    return float(1.5e-3 * (63 / steps) ** 0.4)
 
 
 def cosine(progress: float) -> float:

@@ -38,7 +38,6 @@ from lightning_ptq.methods import (
     UnitInput,
     Weighting,
     cosine,
-    default_network_lr,
     default_network_steps,
     default_rates,
     get_method,
@@ -66,7 +65,7 @@ class PTQModule(Evaluation):
         batch_size: calibration images for each step, on each process.
         rounding_lr: learning rate of the weights' rounding; None follows `steps_per_unit`.
         scale_lr: learning rate of the logarithm of activation scales and of corrections; None follows `steps_per_unit`.
-        network_lr: learning rate of the last epoch; None follows `network_steps`.
+        network_lr: learning rate of scales and corrections in the last epoch.
         network_rounding_lr: learning rate of the weights' rounding in the last epoch, 0 leaves it as the units did.
         network_features: weight of the last epoch's reconstruction of the head's input next to the divergence.
         augment: how images are changed at random in the last epoch; the teacher then runs along.
@@ -96,9 +95,9 @@ class PTQModule(Evaluation):
         batch_size: int = 32,
         rounding_lr: float | None = None,
         scale_lr: float | None = None,
-        network_lr: float | None = None,
-        network_rounding_lr: float = 0.0,
-        network_features: float = 0.0,
+        network_lr: float = 4e-3,
+        network_rounding_lr: float = 2e-2,
+        network_features: float = 30.0,
         augment: Augmentation = Augmentation(),  # noqa: B008 (frozen)
         rounding_weight: float = 0.01,
         granularity: Granularity | None = None,
@@ -162,7 +161,7 @@ class PTQModule(Evaluation):
         self.network_objective = network_objective(network_features, term)
         self.network_features, self.network_rounding_lr, self.augment = network_features, network_rounding_lr, augment
         self.network_steps = self._network_steps(network_steps)
-        self.network_lr = default_network_lr(max(self.network_steps, 1)) if network_lr is None else network_lr
+        self.network_lr = network_lr
         self.epoch_names = (*self.student.names, *([NETWORK] if self.network_steps else []))
         # Lightning and DDP insist on a gradient; a unit that has nothing to learn gives them this one.
         self.anchor = nn.Parameter(torch.zeros(()))
@@ -400,6 +399,10 @@ class PTQModule(Evaluation):
 
     # ---- units ----
 
+    def steps_of(self, unit: int) -> int:
+        """Optimisation steps of `unit`, or of the whole network if that is len(student)."""
+        return self.network_steps if unit == len(self.student) else self.steps_per_unit
+
     def enter_unit(self, unit: int, first_step: int = 0) -> None:
         """Make `unit` the one that is calibrated, from `first_step` on: caches advanced to it, only it is trained.
 
@@ -432,7 +435,7 @@ class PTQModule(Evaluation):
         """Judge a unit that was not because the fit resumed behind its last step, where Lightning runs no loop."""
         done = self.trainer.current_epoch
         if len(self.session.reports) < done and self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            self.enter_unit(done - 1)
+            self.enter_unit(done - 1, first_step=self.steps_of(done - 1))
             self._finish(done - 1)
             self.leave_units()
 

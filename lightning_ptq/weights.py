@@ -218,9 +218,10 @@ class AdaRound(WeightQuantizer):
 class FlexRound(WeightQuantizer):
     """Every weight is divided before it is rounded to nearest, and its divisor is learned (Lee et al. 2023, eq. 2).
 
-    The divisor is the product of one number for each weight, one for each output and one for each input channel; their
-    logarithms are learned. Weights may move by several steps, large ones more easily than small ones. Gradients pass
-    the rounding unchanged. The scale outside the rounding is that of the range times the gain.
+    The divisor is the product of one number for each weight, one for each output and one for each input channel. Their
+    logarithms are learned, in units that move the largest weights by about one step, so that one rate fits all bits.
+    Weights may move by several steps, large ones more easily than small ones. Gradients pass the rounding unchanged.
+    The scale outside the rounding is that of the range times the gain.
     """
 
     def __init__(
@@ -241,7 +242,8 @@ class FlexRound(WeightQuantizer):
         return self.log_element, self.log_output, self.log_input
 
     def _position(self, weight: Tensor) -> Tensor:
-        return weight / self.scale * (-self.log_element - self.log_output - self.log_input).exp()
+        log_divisor = (self.log_element + self.log_output + self.log_input) / 2.0 ** (self.bits - 1)
+        return weight / self.scale * (-log_divisor).exp()
 
     def _rounded(self, weight: Tensor) -> Tensor:
         return self._position(weight).round_().add_(self.zero_point).clamp_(self.qmin, self.qmax)

@@ -96,3 +96,6 @@ def test_rate_factors_follow_the_schedule() -> None:
     assert METHODS["brecq"].rate_factors(0.8) == (0.0, 1.0)
     assert METHODS["brecq"].rate_factors(0.999)[1] < 1e-4
     assert METHODS["brecq"].rounding_progress(0.8) == 1.0
+    assert METHODS["flexround"].rate_factors(0.5) == pytest.approx((0.5, 0.5))
+    assert get_method("flexround", scales="after").rate_factors(0.4) == pytest.approx((0.5, 0.0))
+    assert get_method("flexround", scales="none").rate_factors(0.5) == pytest.approx((0.5, 0.0))

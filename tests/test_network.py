@@ -51,7 +51,7 @@ def units_only(tmp_path_factory: pytest.TempPathFactory) -> PTQModule:
 
 @pytest.fixture(scope="module")
 def with_network(tmp_path_factory: pytest.TempPathFactory) -> PTQModule:
-    return fitted(tmp_path_factory.mktemp("network"), network_steps=150, network_lr=5e-3)
+    return fitted(tmp_path_factory.mktemp("network"), network_steps=150, network_lr=5e-3, network_rounding_lr=0.0)
 
 
 def divergence(module: PTQModule) -> float:
@@ -73,13 +73,11 @@ def test_it_moves_scales_gains_and_biases_and_no_rounding(units_only: PTQModule,
     assert changed == {"log_scale", "log_gain", "bias_shift"}
 
 
-def test_rounding_that_is_learned_again_ends_hard_and_closer(
-    tmp_path: Path, units_only: PTQModule, with_network: PTQModule
-) -> None:
-    module = fitted(tmp_path, network_steps=150, network_lr=5e-3, network_rounding_lr=0.02)
+def test_rounding_that_is_learned_again_ends_hard_and_closer(tmp_path: Path, units_only: PTQModule) -> None:
+    module = fitted(tmp_path, network_steps=150)
     before, after = quantization_state(units_only), quantization_state(module)
     assert any(bool((before[key].sign() != after[key].sign()).any()) for key in before if key.endswith(".alpha"))
-    assert divergence(module) < divergence(with_network)
+    assert divergence(module) < 0.85 * divergence(units_only)
     for _, layer in quantized_layers(module.student):
         q, weight = layer.weight_quantizer, layer.weight
         assert not q.straight
@@ -135,7 +133,9 @@ def test_corrections_are_learned_where_activation_scales_are(
 
 def test_without_corrections_the_last_epoch_learns_activation_scales(tmp_path: Path) -> None:
     before = quantization_state(fitted(tmp_path / "units", corrections=False, network_steps=0))
-    after = quantization_state(fitted(tmp_path / "all", corrections=False, network_steps=20))
+    after = quantization_state(
+        fitted(tmp_path / "all", corrections=False, network_steps=20, network_rounding_lr=0.0, network_features=0.0)
+    )
     assert {key.rsplit(".", 1)[1] for key in before if not torch.equal(before[key], after[key])} == {"log_scale"}
 
 
@@ -168,7 +168,7 @@ def test_the_report_holds_the_error_of_the_output(with_network: PTQModule) -> No
 
 def test_contrastive_joins_and_is_balanced(tmp_path: Path) -> None:
     module = fitted(tmp_path, contrastive=True, network_steps=20)
-    assert float(module.network_objective.ratio_sums[0, 1]) > 0
+    assert float(module.network_objective.ratio_sums[0, -1]) > 0
 
 
 @pytest.mark.parametrize(

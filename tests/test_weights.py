@@ -45,7 +45,8 @@ def test_divided_weights_and_their_gradients_follow_the_definition() -> None:
     for parameter in learned:
         parameter.data.normal_(std=0.3, generator=generator)
     direction = torch.randn(weight.shape, generator=generator)
-    position = weight / (q.scale * q.log_element.exp() * q.log_output.exp() * q.log_input.exp())
+    divisor = (q.log_element / 4).exp() * (q.log_output / 4).exp() * (q.log_input / 4).exp()  # 2 ** (3 bits - 1)
+    position = weight / q.scale / divisor
     integers = (position.round() + q.zero_point).clamp(q.qmin, q.qmax)
     scale = q.scale * q.log_gain.exp()
     out = q(weight)
@@ -53,7 +54,7 @@ def test_divided_weights_and_their_gradients_follow_the_definition() -> None:
     gradients = torch.autograd.grad((out * direction).sum(), learned)
     # Straight through the rounding: d round(w / (s d)) / d log d = -w / (s d), and nothing where the grid ends.
     inside = position.round() + q.zero_point == integers
-    per_weight = (-direction * position * scale * inside).detach()
+    per_weight = (-direction * position / 4 * scale * inside).detach()
     assert 0 < int(inside.sum()) < inside.numel()
     torch.testing.assert_close(gradients[0], per_weight)
     torch.testing.assert_close(gradients[1], per_weight.sum((1, 2, 3), keepdim=True))
@@ -66,7 +67,7 @@ def test_divided_weights_and_their_gradients_follow_the_definition() -> None:
 def test_a_divisor_moves_a_weight_by_several_steps() -> None:
     q, weight = ready("flexround", bits=8)
     before = q.integers(weight)
-    q.log_element.data.fill_(-0.2)
+    q.log_element.data.fill_(-0.2 * 2**7)
     moved = (q.integers(weight) - before).abs()
     assert moved.max() > 1
     assert moved[weight.abs() < 0.01].max() <= 1, "a divisor moves large weights farther"

@@ -71,15 +71,15 @@ class ContrastiveConfig:
     """
 
     loss: ContrastiveLoss = "infonce"
-    feature: FeatureMap = "tail"
+    feature: FeatureMap = "positions"
     tail_units: int | None = None
     center: bool = False
     similarity: Similarity = "cosine"
     negatives: NegativeSource = "batch"
-    collisions: Collisions = "argmax"
+    collisions: Collisions = "keep"
     two_sided: bool = False
     temperature: float = 0.1
-    rho: float = 0.1
+    rho: float = 0.5
     prior: float = 0.1
     every: int = 1
     images: int | None = None
@@ -93,7 +93,8 @@ class ContrastiveConfig:
         check_option(self.collisions, get_args(Collisions), "contrastive collisions")
         for name in ("temperature", "rho"):
             if not getattr(self, name) > 0:
-                raise PTQError(f"contrastive {name}={getattr(self, name)} must be positive. The default is 0.1.")
+                default = getattr(ContrastiveConfig, name)
+                raise PTQError(f"contrastive {name}={getattr(self, name)} must be positive. The default is {default}.")
         if not 0 <= self.prior < 1:
             raise PTQError(f"contrastive prior={self.prior} is no share below 1. The default is 0.1.")
         for name, least in (("every", 1), ("images", 1), ("tail_units", 0), ("positions", 2)):

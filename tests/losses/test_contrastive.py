@@ -20,7 +20,9 @@ torch.manual_seed(0)
 
 
 def term(**settings: Any) -> Contrastive:
-    return Contrastive(ContrastiveConfig(**settings))
+    """Of whole images, as the paper has it, where nothing else is said."""
+    paper: dict[str, Any] = {"feature": "tail", "collisions": "argmax"}
+    return Contrastive(ContrastiveConfig(**(paper | settings)))
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "gaussian"])
