@@ -136,7 +136,8 @@ def test_without_corrections_the_last_epoch_learns_activation_scales(tmp_path: P
     after = quantization_state(
         fitted(tmp_path / "all", corrections=False, network_steps=20, network_rounding_lr=0.0, network_features=0.0)
     )
-    assert {key.rsplit(".", 1)[1] for key in before if not torch.equal(before[key], after[key])} == {"log_scale"}
+    changed = {key.rsplit(".", 1)[1] for key in before if not torch.equal(before[key], after[key])}
+    assert changed - {"ratio_sums"} == {"log_scale"}
 
 
 def test_harm_is_undone(tmp_path: Path, units_only: PTQModule, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,7 +76,7 @@ class ContrastiveConfig:
     center: bool = False
     similarity: Similarity = "cosine"
     negatives: NegativeSource = "batch"
-    collisions: Collisions = "keep"
+    collisions: Collisions = "argmax"
     two_sided: bool = False
     temperature: float = 0.1
     rho: float = 0.5
