@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_ptq.distribution import correct_distribution
 from lightning_ptq.errors import PTQError
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.seeds import mixed_seed
@@ -72,6 +73,8 @@ class UnitCache:
         device: where units run.
         on_device: keep the caches there too, else in host memory.
         held_out: so many of the images, the last ones, are never drawn for a step; they judge what was learned.
+        correction: steps of `correct_distribution`, 0 for none; what steps read of the teacher is then corrected, what
+            judges them and what the next unit starts from is not.
     """
 
     def __init__(
@@ -82,15 +85,17 @@ class UnitCache:
         device: torch.device,
         on_device: bool,
         held_out: int = 0,
+        correction: int = 0,
     ) -> None:
         self.teacher, self.student, self.device = teacher, student, device
-        self.drawn = len(images) - held_out
+        self.drawn, self.correction = len(images) - held_out, correction
         self.unit = 0
         self.teacher_in = images.to(device) if on_device else images
         self.student_in = self.teacher_in
         # The tail of the teacher's own activations is the teacher's output, whatever the unit: computed once.
         self.features = self._run(lambda x: teacher(x), self.teacher_in, "the whole network")
         self.teacher_out = self._run(teacher.units[0], self.teacher_in, teacher.names[0])
+        self.shown = self._shown()
 
     @property
     def judged(self) -> slice:
@@ -100,7 +105,7 @@ class UnitCache:
     def minibatch(self, index: Tensor) -> Minibatch:
         """Rows `index` (B,) of the caches."""
         index = index.to(self.teacher_in.device)
-        parts = (take(t, index) for t in (self.student_in, self.teacher_in, self.teacher_out, self.features))
+        parts = (take(t, index) for t in (self.student_in, *self.shown, self.features))
         return Minibatch(*(part.to(self.device, non_blocking=True) for part in (*parts, index)))
 
     def student_out(self, rows: slice = slice(None)) -> Tensor:
@@ -112,8 +117,18 @@ class UnitCache:
         check_finite(student_out, self.student.names[self.unit])
         self.unit += 1
         # The old input goes before the new output comes: never more than three activations are held.
+        del self.shown
         self.teacher_in, self.student_in = self.teacher_out, student_out
         self.teacher_out = self._run(self.teacher.units[self.unit], self.teacher_in, self.teacher.names[self.unit])
+        self.shown = self._shown()
+
+    def _shown(self) -> tuple[Tensor, Tensor]:
+        """The teacher's input and output that steps read."""
+        if not self.correction:
+            return self.teacher_in, self.teacher_out
+        unit, name = self.teacher.units[self.unit], self.teacher.names[self.unit]
+        shown_in = correct_distribution(unit, self.teacher_in, self.device, self.correction)
+        return shown_in, self._run(unit, shown_in, name)
 
     def _run(self, function: Callable[[Tensor], Tensor], x: Tensor, name: str) -> Tensor:
         out = run_chunked(function, x, self.device)

@@ -44,6 +44,8 @@ class Method:
             units together with activation scales, and in the epoch of the whole network.
         prediction: gradient of the prediction difference (PD-Quant) at the unit's output, relative to that of the
             reconstruction; 0 leaves the term out.
+        distribution_steps: steps of PD-Quant's correction of the teacher's activations towards batch norm's statistics,
+            for every unit before its own steps; its code takes 500. 0 leaves them as they are.
 
     Raises:
         PTQError: an unknown option or a probability outside [0, 1).
@@ -58,6 +60,7 @@ class Method:
     weighting: Weighting = "equal"
     corrections: bool = False
     prediction: float = 0.0
+    distribution_steps: int = 0
 
     def __post_init__(self) -> None:
         check_option(self.granularity, get_args(Granularity), "granularity")
@@ -71,6 +74,10 @@ class Method:
             raise PTQError(f"drop_until={self.drop_until} is no share. Use 1 to drop in all steps of a unit.")
         if not self.prediction >= 0.0:
             raise PTQError(f"prediction={self.prediction} must not be negative. Use 0 to leave the term out.")
+        if self.distribution_steps < 0:
+            raise PTQError(
+                f"distribution_steps={self.distribution_steps} must not be negative. Use 0 to leave them out."
+            )
         if self.input == "mix" and self.drop == 0.0:
             raise PTQError("input='mix' with drop=0 mixes nothing. Set drop=0.5, or use input='quant'.")
 
@@ -127,6 +134,7 @@ def get_method(
     weighting: Weighting | None = None,
     corrections: bool | None = None,
     prediction: float | None = None,
+    distribution_steps: int | None = None,
 ) -> Method:
     """The preset called `name`, with the coordinates that are given replaced.
 
@@ -144,6 +152,7 @@ def get_method(
         "weighting": weighting,
         "corrections": corrections,
         "prediction": prediction,
+        "distribution_steps": distribution_steps,
     }
     return replace(METHODS[name], **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
 

@@ -70,8 +70,8 @@ class PTQModule(Evaluation):
         network_features: weight of the last epoch's reconstruction of the head's input next to the divergence.
         augment: how images are changed at random in the last epoch; the teacher then runs along.
         rounding_weight: weight of AdaRound's regulariser.
-        granularity, input, rounding, scales, drop, drop_until, weighting, corrections, prediction: coordinates of the
-            method that differ from the preset.
+        granularity, input, rounding, scales, drop, drop_until, weighting, corrections, prediction,
+            distribution_steps: coordinates of the method that differ from the preset.
         leaf_modules: name patterns of modules that are not traced and stay in floating point.
         terms: further loss terms of units by name; they do not join the last epoch.
         cache: where activations are kept: on the "device", on the "host", or "auto": on the device if they fit.
@@ -109,6 +109,7 @@ class PTQModule(Evaluation):
         weighting: Weighting | None = None,
         corrections: bool | None = None,
         prediction: float | None = None,
+        distribution_steps: int | None = None,
         leaf_modules: Sequence[str] = (),
         terms: dict[str, Term] | None = None,
         cache: CachePolicy = "auto",
@@ -138,6 +139,7 @@ class PTQModule(Evaluation):
             weighting=weighting,
             corrections=corrections,
             prediction=prediction,
+            distribution_steps=distribution_steps,
         )
         chains = build_chain(
             model, quant, coordinates.granularity, rounding=coordinates.rounding, leaf_modules=leaf_modules
@@ -419,6 +421,7 @@ class PTQModule(Evaluation):
             again=self.network_steps > 0,
             held_out=self.held_out,
             round_again=self.network_rounding_lr > 0,
+            correction=self.method.distribution_steps,
         )
         self.session.enter(unit, images, World(self.device, size, self._all))
         self._select(unit, fresh=first_step == 0)
@@ -522,6 +525,7 @@ class PTQModule(Evaluation):
             "weighting": self.method.weighting,
             "corrections": self.method.corrections,
             "prediction": self.method.prediction,
+            "distribution_steps": self.method.distribution_steps,
             "contrastive": self.contrastive,
             "steps_per_unit": self.steps_per_unit,
             "network_steps": self.network_steps,

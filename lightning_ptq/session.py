@@ -58,7 +58,7 @@ class Images:
         config: how ranges are estimated from the images. weighting: how channels are weighted.
         again: whether the whole network's epoch will need the images again. A loader may not give them twice.
         held_out: share of the images that judge what was learned on the others.
-        round_again: whether that epoch trains the weights' rounding.
+        round_again: whether that epoch trains the weights' rounding. correction: steps of PD-Quant's correction.
     """
 
     open: Callable[[], Tensor]
@@ -69,6 +69,7 @@ class Images:
     again: bool
     held_out: float
     round_again: bool
+    correction: int
 
 
 class Session:
@@ -226,7 +227,7 @@ class Session:
             self.wall_seconds["ranges"] += time.monotonic() - start
         if data.weighting == "fisher":
             self.importance = channel_importance(self.teacher, images[:share], world.device, world.gather)
-        return UnitCache(self.teacher, self.student, images, world.device, on_device, held_out)
+        return UnitCache(self.teacher, self.student, images, world.device, on_device, held_out, data.correction)
 
 
 def held_out_of(images: int, share: float, batch_size: int) -> int:

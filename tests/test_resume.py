@@ -33,6 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
     "rounded again": {
         "module": {"network_steps": 5, "network_rounding_lr": 0.2, "augment": Augmentation(flip=True, shift=1)}
     },
+    "corrected": {"module": {"method": "pdquant", "distribution_steps": 3}},
     "flexround": {
         "module": {"method": "flexround", "network_rounding_lr": 0.05, "contrastive": True, "critic": POSITIONS}
     },

@@ -17,6 +17,10 @@ from lightning_ptq.graph.trace import is_torch_op, op_name, words
 from lightning_ptq.layers import is_quantizable
 
 FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+# Mean and standard deviation (O,) of a layer's outputs.
+Statistics = tuple[Tensor, Tensor]
+# A plain attribute: neither part of the state dict nor of what a checkpoint is checked against.
+_STATISTICS = "_folded_statistics"
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor")
 _IN_PLACE_OPERATORS = {getattr(operator, "i" + name.rstrip("_")): getattr(operator, name) for name in _OPERATORS}
 _RANDOM_DROPS = words(
@@ -189,9 +193,20 @@ def fold_into(layer: nn.Module, norm: _BatchNorm) -> None:
     if norm.affine:
         shift = shift + norm.bias.double()
     folded = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
+    mean, deviation = (norm.bias, norm.weight.abs()) if norm.affine else (torch.zeros_like(scale), scale / scale)
+    vars(layer)[_STATISTICS] = (mean.detach().float(), deviation.detach().float().clamp(min=1e-6))
     # New Parameters: another module may hold the old ones.
     layer.weight = nn.Parameter(folded.to(weight.dtype), requires_grad=False)
     layer.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=False)
+
+
+def statistics_of(layer: nn.Module) -> Statistics | None:
+    """Mean and standard deviation (O,) that a folded layer's outputs had in training; None where none was folded.
+
+    Batch norm leaves every channel with its bias for a mean and its weight for a deviation.
+    """
+    statistics: Statistics | None = vars(layer).get(_STATISTICS)
+    return statistics
 
 
 def _double(bias: Tensor | nn.Module) -> Tensor:

@@ -49,5 +49,5 @@ class PredictionDifference(Prediction):
         return prediction_loss(batch.tail(self.output(batch)), batch.teacher_features, TEMPERATURE)
 
     def output(self, batch: UnitBatch) -> Tensor:
-        """Without drop: as PD-Quant's code has it, whose batches hold every image once with and once without."""
+        """Without drop and mixed input. PD-Quant's batches hold every image twice too, the second time unmixed."""
         return batch.clean_out

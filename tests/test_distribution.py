@@ -1,0 +1,94 @@
+"""Distribution correction, against the statistics of the batch norms that were folded."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ptq import QuantConfig
+from lightning_ptq.cache import UnitCache
+from lightning_ptq.distribution import correct_distribution
+from lightning_ptq.graph import ChainPair, build_chain
+from lightning_ptq.graph.fold import statistics_of
+from tests.helpers import Block, TinyNet, tiny_images, tiny_net
+
+CPU = torch.device("cpu")
+
+
+def chains(net: TinyNet) -> ChainPair:
+    return build_chain(net, QuantConfig(), "block")
+
+
+def decided_net() -> TinyNet:
+    """Batch norms with weights and biases that differ from 1 and 0."""
+    net = tiny_net()
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.data.uniform_(-1.5, 1.5)
+                module.bias.data.normal_()
+    return net
+
+
+def distance(block: Block, x: Tensor) -> Tensor:
+    """Of each image, from the batch norms' own inputs and running statistics, in units of these; summed over layers."""
+    y = block.conv1(x)
+    z = block.conv2(torch.relu(block.bn1(y)))
+    total = torch.zeros(len(x))
+    for out, norm in ((y, block.bn1), (z, block.bn2)):
+        deviation = norm.running_var.sqrt()
+        mean = (out.mean((2, 3)) - norm.running_mean) / deviation
+        ratio = out.std((2, 3)) / deviation - 1.0
+        total += mean.square().sum(1) + ratio.square().sum(1)
+    return total
+
+
+def test_it_brings_every_image_closer_to_what_training_gave() -> None:
+    net = decided_net()
+    teacher, x = chains(net).teacher, torch.randn(40, 8, 8, 8, generator=torch.Generator().manual_seed(1)).relu()
+    block = net.blocks[0]
+    assert isinstance(block, Block)
+    moved = correct_distribution(teacher.units[1], x, CPU, 50)
+    with torch.no_grad():
+        before, after = distance(block, x), distance(block, moved)
+    assert bool((after < before).all())
+    assert 0.0 < float((moved - x).abs().max()) <= 0.5 * float(x.std()) * 1.2
+    # An image is corrected by itself: how many there are makes no difference but for the common scale.
+    torch.testing.assert_close(correct_distribution(teacher.units[1], x[:32], CPU, 50), moved[:32])
+
+
+def test_the_statistics_of_a_folded_layer_are_those_of_its_norm() -> None:
+    net = decided_net()
+    teacher = chains(net).teacher
+    found = [statistics_of(m) for m in teacher.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    norms = [net.bn, *(norm for block in net.blocks for norm in (block.bn1, block.bn2))]  # type: ignore[union-attr]
+    assert found[-1] is None, "nothing was folded into the head"
+    for statistics, norm in zip(found[:-1], norms, strict=True):
+        assert statistics is not None
+        torch.testing.assert_close(statistics[0], norm.bias.detach())
+        torch.testing.assert_close(statistics[1], norm.weight.detach().abs())
+
+
+def test_what_has_no_norm_stays() -> None:
+    teacher, x = chains(tiny_net()).teacher, tiny_images(4)
+    assert correct_distribution(teacher.units[-1], x, CPU, 5) is x
+    assert correct_distribution(nn.Conv2d(3, 3, 1), x, CPU, 5) is x
+
+
+def test_steps_are_shown_corrected_activations_and_the_next_unit_starts_from_the_true_ones() -> None:
+    pair, images = chains(decided_net()), tiny_images(40)
+    cache = UnitCache(pair.teacher, pair.student, images, CPU, True, correction=4)
+    plain = UnitCache(pair.teacher, pair.student, images, CPU, True)
+    for k in range(2):
+        rows = torch.tensor([3, 0, 17])
+        shown, true = cache.minibatch(rows), plain.minibatch(rows)
+        assert not torch.equal(shown.teacher_in, true.teacher_in)
+        with torch.no_grad():
+            torch.testing.assert_close(shown.teacher_out, pair.teacher.units[k](shown.teacher_in))
+        assert torch.equal(shown.student_in, true.student_in)
+        assert torch.equal(shown.features, true.features)
+        for each in (cache, plain):
+            each.advance(each.student_out())
+        assert torch.equal(cache.teacher_in, plain.teacher_in)
+        assert torch.equal(cache.teacher_out, plain.teacher_out)
