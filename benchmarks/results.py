@@ -168,6 +168,7 @@ def document(runs: Runs, timed: Runs, folder: Path) -> str:
         ("Bits, default settings", grid_table(runs, "bits", ["bits", "method", "network_steps"])),
         ("Bits, as the paper has it: no corrections, no last epoch", grid_table(runs, "paper", ["bits", "method"])),
         ("Methods, default settings", grid_table(runs, "methods", ["bits", "method"])),
+        ("Best preset: contrastive, a last epoch of 1500 steps on changed images", grid_table(runs, "best", ["bits"])),
         ("Steps per unit", grid_table(runs, "steps", ["bits", "steps", "network_steps"])),
         ("The contrastive term", gain_table(runs)),
         ("Calibration images", grid_table(runs, "sizes", ["bits", "samples", "contrastive"])),

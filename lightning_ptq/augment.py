@@ -27,27 +27,27 @@ class Augmentation:
     shift: int = 0
 
     def __post_init__(self) -> None:
-        if self.shift < 0:
+        if isinstance(self.shift, bool) or not isinstance(self.shift, int) or self.shift < 0:
             raise PTQError(f"augment shift={self.shift} is no number of pixels. Use 0 to leave images in their place.")
 
     def __bool__(self) -> bool:
         return self.flip or self.shift > 0
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """`images` (B, C, H, W) changed, by draws of a generator on the CPU.
+    def check(self, images: Tensor) -> None:
+        """Raise `PTQError` if `images` (N, C, H, W) are no larger than the shift."""
+        height, width = images.shape[2:]
+        if self.shift >= min(height, width):
+            raise PTQError(
+                f"augment shift={self.shift} needs larger images than {height} x {width}. Use a smaller shift."
+            )
 
-        Raises:
-            PTQError: images no larger than the shift.
-        """
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """`images` (B, C, H, W), which `check` has passed, changed by draws of a generator on the CPU."""
         count, channels, height, width = images.shape
         if self.flip:
             mirrored = torch.rand(count, generator=generator) < 0.5
             images = torch.where(mirrored.view(-1, 1, 1, 1).to(images.device), images.flip(3), images)
         if self.shift:
-            if self.shift >= min(height, width):
-                raise PTQError(
-                    f"augment shift={self.shift} needs larger images than {height} x {width}. Use a smaller shift."
-                )
             padded = pad(images, [self.shift] * 4, mode="reflect")
             down, right = torch.randint(0, 2 * self.shift + 1, (2, count, 1), generator=generator).to(images.device)
             rows = (down + torch.arange(height, device=images.device)).view(count, 1, height, 1)

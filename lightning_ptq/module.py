@@ -164,6 +164,8 @@ class PTQModule(Evaluation):
         self.network_features, self.network_rounding_lr, self.augment = network_features, network_rounding_lr, augment
         self.network_steps = self._network_steps(network_steps)
         self.network_lr = network_lr
+        if augment and not self.network_steps:
+            raise PTQError("augment changes images in the last epoch, and there is none. Leave out network_steps=0.")
         self.epoch_names = (*self.student.names, *([NETWORK] if self.network_steps else []))
         # Lightning and DDP insist on a gradient; a unit that has nothing to learn gives them this one.
         self.anchor = nn.Parameter(torch.zeros(()))
@@ -413,7 +415,7 @@ class PTQModule(Evaluation):
         rank, size = self.global_rank, self.trainer.world_size
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         images = Images(
-            open=lambda: data.calibration_images(rank, size),
+            open=lambda: self._checked(data.calibration_images(rank, size)),
             batch_size=self.batch_size,
             policy=self.cache_policy,
             config=self.quant,
@@ -433,6 +435,11 @@ class PTQModule(Evaluation):
             # DDP registers what requires grad when it wraps; without a new wrap the ranks diverge silently.
             strategy.model = strategy.lightning_module
             strategy.configure_ddp()
+
+    def _checked(self, images: Tensor) -> Tensor:
+        """The calibration images, before anything long is done with them."""
+        self.augment.check(images)
+        return images
 
     def judge_last_unit(self) -> None:
         """Judge a unit that was not because the fit resumed behind its last step, where Lightning runs no loop."""

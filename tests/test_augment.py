@@ -38,4 +38,5 @@ def test_refusals() -> None:
     with pytest.raises(PTQError, match="shift=-1 is no number of pixels"):
         Augmentation(shift=-1)
     with pytest.raises(PTQError, match="shift=4 needs larger images than 4 x 9"):
-        Augmentation(shift=4)(torch.zeros(1, 1, 4, 9), torch.Generator())
+        Augmentation(shift=4).check(torch.zeros(1, 1, 4, 9))
+    Augmentation(shift=3).check(torch.zeros(1, 1, 4, 9))

@@ -213,6 +213,15 @@ def test_a_single_unit_has_no_such_epoch() -> None:
         tiny_module(method="adaround", corrections=False, network_steps=7)
 
 
+def test_an_augmentation_that_can_do_nothing_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(PTQError, match="augment changes images in the last epoch, and there is none"):
+        tiny_module(augment=Augmentation(flip=True), network_steps=0)
+    module = tiny_module(augment=Augmentation(shift=8))
+    with pytest.raises(PTQError, match="shift=8 needs larger images than 8 x 8"):
+        trainer(tmp_path).fit(module, datamodule=tiny_data())
+    assert not module.reports
+
+
 def test_images_are_opened_once(tmp_path: Path) -> None:
     """A stream gives them only once."""
     stream = iter(tiny_images(40).split(16))
