@@ -31,7 +31,7 @@ class Augmentation:
             raise PTQError(f"augment shift={self.shift} is no number of pixels. Use 0 to leave images in their place.")
 
     def __bool__(self) -> bool:
-        return self.flip or self.shift > 0
+        return bool(self.flip) or self.shift > 0
 
     def check(self, images: Tensor) -> None:
         """Raise `PTQError` if `images` (N, C, H, W) are no larger than the shift."""
@@ -46,10 +46,13 @@ class Augmentation:
         count, channels, height, width = images.shape
         if self.flip:
             mirrored = torch.rand(count, generator=generator) < 0.5
-            images = torch.where(mirrored.view(-1, 1, 1, 1).to(images.device), images.flip(3), images)
+            images = torch.where(
+                mirrored.view(-1, 1, 1, 1).to(images.device, non_blocking=True), images.flip(3), images
+            )
         if self.shift:
             padded = pad(images, [self.shift] * 4, mode="reflect")
-            down, right = torch.randint(0, 2 * self.shift + 1, (2, count, 1), generator=generator).to(images.device)
+            offsets = torch.randint(0, 2 * self.shift + 1, (2, count, 1), generator=generator)
+            down, right = offsets.to(images.device, non_blocking=True)
             rows = (down + torch.arange(height, device=images.device)).view(count, 1, height, 1)
             columns = (right + torch.arange(width, device=images.device)).view(count, 1, 1, width)
             image = torch.arange(count, device=images.device).view(-1, 1, 1, 1)

@@ -73,8 +73,8 @@ class UnitCache:
         device: where units run.
         on_device: keep the caches there too, else in host memory.
         held_out: so many of the images, the last ones, are never drawn for a step; they judge what was learned.
-        correction: steps of `correct_distribution`, 0 for none; what steps read of the teacher is then corrected, what
-            judges them and what the next unit starts from is not.
+        correction: steps of `correct_distribution`, 0 for none; what judges and what the next unit starts from is not
+            corrected.
     """
 
     def __init__(
@@ -95,17 +95,18 @@ class UnitCache:
         # The tail of the teacher's own activations is the teacher's output, whatever the unit: computed once.
         self.features = self._run(lambda x: teacher(x), self.teacher_in, "the whole network")
         self.teacher_out = self._run(teacher.units[0], self.teacher_in, teacher.names[0])
-        self.shown = self._shown()
+        self._corrected: tuple[Tensor, Tensor] | None = None
 
     @property
     def judged(self) -> slice:
         """Rows that judge: those held out, or else some that are drawn."""
         return judged_rows(self.drawn, len(self.teacher_in))
 
-    def minibatch(self, index: Tensor) -> Minibatch:
-        """Rows `index` (B,) of the caches."""
+    def minibatch(self, index: Tensor, corrected: bool = False) -> Minibatch:
+        """Rows `index` (B,) of the caches, all below `drawn`; of the teacher's side as corrected, if it is."""
         index = index.to(self.teacher_in.device)
-        parts = (take(t, index) for t in (self.student_in, *self.shown, self.features))
+        teacher = self._correction() if corrected and self.correction else (self.teacher_in, self.teacher_out)
+        parts = (take(t, index) for t in (self.student_in, *teacher, self.features))
         return Minibatch(*(part.to(self.device, non_blocking=True) for part in (*parts, index)))
 
     def student_out(self, rows: slice = slice(None)) -> Tensor:
@@ -116,19 +117,18 @@ class UnitCache:
         """Go to the next unit, whose student input is `student_out`."""
         check_finite(student_out, self.student.names[self.unit])
         self.unit += 1
-        # The old input goes before the new output comes: never more than three activations are held.
-        del self.shown
+        # The old input goes before the new output comes: without correction never more than three activations are held.
+        self._corrected = None
         self.teacher_in, self.student_in = self.teacher_out, student_out
         self.teacher_out = self._run(self.teacher.units[self.unit], self.teacher_in, self.teacher.names[self.unit])
-        self.shown = self._shown()
 
-    def _shown(self) -> tuple[Tensor, Tensor]:
-        """The teacher's input and output that steps read."""
-        if not self.correction:
-            return self.teacher_in, self.teacher_out
-        unit, name = self.teacher.units[self.unit], self.teacher.names[self.unit]
-        shown_in = correct_distribution(unit, self.teacher_in, self.device, self.correction)
-        return shown_in, self._run(unit, shown_in, name)
+    def _correction(self) -> tuple[Tensor, Tensor]:
+        """The corrected input and output of the teacher's unit, of images that are drawn; worked out when needed."""
+        if self._corrected is None:
+            unit, name = self.teacher.units[self.unit], self.teacher.names[self.unit]
+            moved = correct_distribution(unit, self.teacher_in[: self.drawn], self.device, self.correction)
+            self._corrected = moved, self._run(unit, moved, name)
+        return self._corrected
 
     def _run(self, function: Callable[[Tensor], Tensor], x: Tensor, name: str) -> Tensor:
         out = run_chunked(function, x, self.device)
@@ -151,7 +151,7 @@ def check_finite(out: Tensor, name: str) -> None:
         )
 
 
-def fits_on_device(teacher: Chain, images: Tensor, device: torch.device) -> bool:
+def fits_on_device(teacher: Chain, images: Tensor, device: torch.device, corrected: bool = False) -> bool:
     """Whether the largest caches that calibration will hold take at most half of the device's free memory."""
     if device.type != "cuda":
         return True  # host memory either way
@@ -162,7 +162,8 @@ def fits_on_device(teacher: Chain, images: Tensor, device: torch.device) -> bool
             x = unit(x)
             sizes.append(x.numel())
     # Teacher and student input and teacher output of one unit, and the output that becomes the next input.
-    largest = max(2 * (a + b) for a, b in pairwise(sizes))
+    # Corrected ones are one input and one output more.
+    largest = max((2 + corrected) * (a + b) for a, b in pairwise(sizes))
     free, _ = torch.cuda.mem_get_info(device)
     return largest * len(images) * 4 <= free // 2
 

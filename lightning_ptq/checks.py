@@ -18,14 +18,18 @@ _SHARDING: tuple[tuple[str, type[Strategy]], ...] = (
 )
 # Counts, and the least of each.
 _LEAST = {"steps_per_unit": 1, "network_steps": 0, "batch_size": 1}
+# What may be left to a rule.
+_OPTIONAL = ("network_steps", "rounding_lr", "scale_lr")
 _PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 
 def check_settings(**values: float | None) -> None:
-    """Raise `PTQError` for a count below 1 or a negative rate or weight; None passes."""
+    """Raise `PTQError` for a count below 1 or a negative rate or weight; None passes where a rule takes its place."""
     for name, value in values.items():
-        if value is None:
+        if value is None and name in _OPTIONAL:
             continue
+        if value is None or (isinstance(value, bool) and name not in _LEAST):
+            raise PTQError(f"{name}={value} must be a number. Leave it out for the default.")
         if name in _LEAST:
             if not isinstance(value, int) or isinstance(value, bool):
                 raise PTQError(f"{name}={value} must be a whole number, {_LEAST[name]} or more.")

@@ -29,10 +29,10 @@ def correct_distribution(unit: nn.Module, x: Tensor, device: torch.device, steps
         steps: of the optimisation, for each batch of images.
 
     Returns:
-        A tensor like `x`, which is `x` itself if no layer of the unit had a batch norm.
+        A tensor like `x`, which is `x` itself if no batch norm was folded into a layer of the unit.
     """
     layers = [(m, statistics_of(m)) for m in unit.modules()]
-    known = [(m, statistics) for m, statistics in layers if statistics is not None]
+    known = [(m, (s[0].to(device), s[1].to(device))) for m, s in layers if s is not None]
     if not known:
         return x
     result = torch.empty_like(x)
@@ -66,7 +66,7 @@ def _measure(statistics: Statistics, distances: list[Tensor], _: nn.Module, __: 
     """Append the distance of a layer's output (B, C, positions...), which is that of its batch norm."""
     if out.dim() < 3 or out[0, 0].numel() < 2:
         return
-    mean, deviation = (t.to(out.device) for t in statistics)
+    mean, deviation = statistics
     flat = out.float().flatten(2)
     distance = ((flat.mean(2) - mean) / deviation).square() + (flat.std(2) / deviation - 1.0).square()
     distances.append(distance.sum(1).mean())

@@ -40,4 +40,5 @@ class UnitLoader:
         cache = module.session.opened
         for step in range(first, len(self)):
             rows = sample_index(cache.drawn, module.batch_size, step, module.seed, unit, module.global_rank)
-            yield cache.minibatch(rows)
+            # Where the input is no longer mixed with the teacher's, a corrected target would be that of another input.
+            yield cache.minibatch(rows, step < module.method.drop_until * len(self))

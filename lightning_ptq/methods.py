@@ -74,9 +74,13 @@ class Method:
             raise PTQError(f"drop_until={self.drop_until} is no share. Use 1 to drop in all steps of a unit.")
         if not self.prediction >= 0.0:
             raise PTQError(f"prediction={self.prediction} must not be negative. Use 0 to leave the term out.")
-        if self.distribution_steps < 0:
+        steps = self.distribution_steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise PTQError(f"distribution_steps={steps} must be a whole number, 0 or more. Use 0 to leave them out.")
+        if steps and self.input != "mix":
             raise PTQError(
-                f"distribution_steps={self.distribution_steps} must not be negative. Use 0 to leave them out."
+                f"distribution_steps={steps} corrects what is mixed into a unit's input, and input={self.input!r} "
+                "mixes nothing. Use method='pdquant' or input='mix', or leave it out."
             )
         if self.input == "mix" and self.drop == 0.0:
             raise PTQError("input='mix' with drop=0 mixes nothing. Set drop=0.5, or use input='quant'.")
@@ -86,10 +90,13 @@ class Method:
         """Whether there is anything to optimise in a unit."""
         return self.rounding != "nearest" or self.scales != "none"
 
-    @property
-    def learns_network(self) -> bool:
-        """Whether there is anything to optimise in the whole network, behind its units."""
-        return self.scales != "none" or (self.learns and self.corrections)
+    def learns_network(self, round_again: bool) -> bool:
+        """Whether there is anything to optimise in the whole network, behind its units.
+
+        Args:
+            round_again: if the rounding can be learned, it is learned there too.
+        """
+        return self.learns and (self.scales != "none" or self.corrections or round_again)
 
     def rate_factors(self, progress: float) -> tuple[float, float]:
         """Multipliers of the (rounding, scale) learning rates at `progress` in [0, 1) of a unit's steps."""

@@ -26,7 +26,9 @@ from lightning_ptq.drop import DropMask
 from lightning_ptq.errors import PTQError
 from lightning_ptq.evaluation import Evaluation
 from lightning_ptq.fingerprint import check_same, model_digest
+from lightning_ptq.functional import in_float32
 from lightning_ptq.graph import Chain, build_chain
+from lightning_ptq.graph.fold import statistics_of
 from lightning_ptq.graph.taps import recorded
 from lightning_ptq.loader import UnitLoader
 from lightning_ptq.losses import ContrastiveConfig, Tail, Term, UnitBatch
@@ -56,7 +58,7 @@ class PTQModule(Evaluation):
     Args:
         model: the trained network, in eval mode; one image tensor (N, C, H, W) in, one tensor out. It is not changed.
         quant: what to quantize to how many bits.
-        method: preset "nearest", "adaround", "brecq", "qdrop" or "pdquant" (see `methods.py`).
+        method: preset "nearest", "adaround", "brecq", "qdrop", "pdquant" or "flexround" (see `methods.py`).
         contrastive: add the contrastive term of CL-Calib to the method's loss.
         critic: how that term is computed.
         steps_per_unit: optimisation steps for each unit.
@@ -161,11 +163,14 @@ class PTQModule(Evaluation):
         term = critic if contrastive else None
         self.objective = unit_objective(coordinates, rounding_weight, term, terms or {}, len(self.student))
         self.network_objective = network_objective(network_features, term)
-        self.network_features, self.network_rounding_lr, self.augment = network_features, network_rounding_lr, augment
+        self.network_features, self.network_rounding_lr = network_features, network_rounding_lr
         self.network_steps = self._network_steps(network_steps)
         self.network_lr = network_lr
         if augment and not self.network_steps:
-            raise PTQError("augment changes images in the last epoch, and there is none. Leave out network_steps=0.")
+            raise PTQError("augment changes images in the last epoch, and there is none. Leave it out.")
+        if self.method.distribution_steps and not any(map(statistics_of, self.teacher.modules())):
+            raise PTQError("distribution_steps needs a batch norm that was folded, and there is none. Leave it out.")
+        self.augment = augment
         self.epoch_names = (*self.student.names, *([NETWORK] if self.network_steps else []))
         # Lightning and DDP insist on a gradient; a unit that has nothing to learn gives them this one.
         self.anchor = nn.Parameter(torch.zeros(()))
@@ -179,13 +184,14 @@ class PTQModule(Evaluation):
 
     def _network_steps(self, asked: int | None) -> int:
         """Steps of the last epoch, or 0 where it has nothing to learn or nothing before its head."""
-        if self.method.learns_network and len(self.student) > 1:
+        learns = self.method.learns_network(self.network_rounding_lr > 0)
+        if learns and len(self.student) > 1:
             return default_network_steps(self.steps_per_unit) if asked is None else asked
         if asked and self.method.learns:
             reason = (
                 f"needs two units or more, but granularity={self.method.granularity!r} cuts this network into one"
-                if self.method.learns_network
-                else "has nothing to learn with scales='none' and corrections=False"
+                if learns
+                else "has nothing to learn with scales='none', corrections=False and network_rounding_lr=0"
             )
             raise PTQError(f"network_steps={asked} {reason}. Leave it out, or change that.")
         return 0
@@ -354,6 +360,7 @@ class PTQModule(Evaluation):
                 progress=self.method.rounding_progress(progress),
                 importance=self.session.importance_of(unit),
                 inner=list(zip(inner, self._teacher_inner(unit, batch), strict=True)) if inner else (),
+                seed=mixed_seed(self.seed, unit, step, self.global_rank),
                 clean=(lambda: self._clean_out(unit, batch)) if self.method.drop and self._drop.active else None,
             )
         )
@@ -361,9 +368,13 @@ class PTQModule(Evaluation):
 
     def _clean_out(self, unit: int, batch: Minibatch) -> Tensor:
         """The unit's output without drop and mixed input, at the Trainer's precision."""
+        x = batch.teacher_in if self.method.input == "fp" else batch.student_in
         self._drop.active = False
-        with self.trainer.precision_plugin.forward_context():
-            out: Tensor = self.student.units[unit](batch.student_in)
+        try:
+            with self.trainer.precision_plugin.forward_context(), recorded(self.student.units[unit]):
+                out: Tensor = self.student.units[unit](x)
+        finally:
+            self._drop.active = True
         for q in self._selection.rounded:
             q.take_rounding()  # the regulariser has read that of the first pass
         return out
@@ -388,6 +399,7 @@ class PTQModule(Evaluation):
                 step=step,
                 progress=progress,
                 changed=bool(self.augment),
+                seed=mixed_seed(self.seed, head + 1, step, self.global_rank),
             )
         )
         return terms
@@ -397,8 +409,9 @@ class PTQModule(Evaluation):
         """The batch with changed images, and what the teacher makes of these."""
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, step, self.global_rank))
         images = self.teacher.laid_out(self.augment(batch.student_in, generator), self.device)
-        head_in = self.teacher(images, stop=len(self.teacher) - 1)
-        out = self.teacher(head_in, start=len(self.teacher) - 1)
+        with in_float32(self.device):  # as the caches hold the teacher's side
+            head_in = self.teacher(images, stop=len(self.teacher) - 1)
+            out = self.teacher(head_in, start=len(self.teacher) - 1)
         return Minibatch(images, images, head_in, out, batch.rows)
 
     # ---- units ----

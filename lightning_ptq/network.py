@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ class NetworkCache:
         """Rows that judge: those held out, or else some that are drawn."""
         return judged_rows(self.drawn, len(self.images))
 
-    def minibatch(self, index: Tensor) -> Minibatch:
+    def minibatch(self, index: Tensor, corrected: bool = False) -> Minibatch:
         """Rows `index` (B,) of the caches; the unit's output is the input of the head."""
         index = index.to(self.images.device)
         images, teacher_out, features = (
@@ -105,8 +105,8 @@ class NetworkStart:
             parameter.data.copy_(saved)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values and tensors only."""
-        return asdict(self)
+        """Plain values and tensors only; not copies of them."""
+        return dict(vars(self))
 
 
 def finish_network(cache: NetworkCache, start: NetworkStart, mean: Mean) -> tuple[UnitReport, Tensor]:

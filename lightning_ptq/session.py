@@ -166,6 +166,7 @@ class Session:
         if isinstance(self.cache, NetworkCache):
             assert self._network_start is not None
             report, out = finish_network(self.cache, self._network_start, mean)
+            self._network_start = None
         else:
             report, out = finish_unit(self.cache, self.importance_of(unit), mean)
             self._student_out = out
@@ -212,7 +213,7 @@ class Session:
         images = self.teacher.laid_out(images, world.device)
         self._images = images if data.again else None
         self._on_device = data.policy == "device" or (
-            data.policy == "auto" and fits_on_device(self.teacher, images, world.device)
+            data.policy == "auto" and fits_on_device(self.teacher, images, world.device, data.correction > 0)
         )
         return images, self._on_device
 

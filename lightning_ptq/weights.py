@@ -172,7 +172,7 @@ class AdaRound(WeightQuantizer):
     def reopen(self, weight: Tensor) -> None:
         """`alpha` becomes the weight's distance to the middle of its two integers, in steps, on the side decided for.
 
-        Not the signs but their distances to 0 were lost to annealing.
+        It is `_MARGIN` at least, so that what was decided against the nearest does not tip over at once.
         """
         position = weight / self.scale
         middle = position - position.floor() - 0.5
@@ -246,11 +246,15 @@ class FlexRound(WeightQuantizer):
         return weight / self.scale * (-log_divisor).exp()
 
     def _rounded(self, weight: Tensor) -> Tensor:
-        return self._position(weight).round_().add_(self.zero_point).clamp_(self.qmin, self.qmax)
+        return self._integers_at(self._position(weight))
+
+    def _integers_at(self, position: Tensor) -> Tensor:
+        return (position.round() + self.zero_point).clamp(self.qmin, self.qmax)
 
     def _learning(self, weight: Tensor) -> Tensor:
+        position = self._position(weight)
         low, high = self.qmin - self.zero_point - 0.5, self.qmax - self.zero_point + 0.5
-        integers = F.straight_through(self._rounded(weight), self._position(weight).clamp(low, high))
+        integers = F.straight_through(self._integers_at(position.detach()), position.clamp(low, high))
         return F.dequantize(integers, self.effective_scale, self.zero_point)
 
 

@@ -76,6 +76,16 @@ def test_unknown_presets_and_coordinates_are_refused() -> None:
         get_method("qdrop", drop=0.0)
     with pytest.raises(PTQError, match="temperature=0"):
         ContrastiveConfig(temperature=0)
+    with pytest.raises(PTQError, match="negatives='bank' holds whole images and feature='positions'"):
+        ContrastiveConfig(negatives="bank")
+    with pytest.raises(PTQError, match="tail_units=2 needs feature='tail'"):
+        ContrastiveConfig(tail_units=2)
+    with pytest.raises(PTQError, match=r"positions=2\.5 must be a whole number, 2 or more"):
+        ContrastiveConfig(positions=2.5)
+    with pytest.raises(PTQError, match=r"distribution_steps=0\.5 must be a whole number"):
+        get_method("pdquant", distribution_steps=0.5)
+    with pytest.raises(PTQError, match="distribution_steps=5 corrects what is mixed into a unit's input"):
+        get_method("brecq", distribution_steps=5)
     with pytest.raises(PTQError, match="contrastive loss='triplet'"):
         ContrastiveConfig(loss="triplet")
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_ptq import QuantConfig
+from lightning_ptq import PTQError, PTQModule, QuantConfig
 from lightning_ptq.cache import UnitCache
 from lightning_ptq.distribution import correct_distribution
 from lightning_ptq.graph import ChainPair, build_chain
@@ -74,6 +75,20 @@ def test_what_has_no_norm_stays() -> None:
     teacher, x = chains(tiny_net()).teacher, tiny_images(4)
     assert correct_distribution(teacher.units[-1], x, CPU, 5) is x
     assert correct_distribution(nn.Conv2d(3, 3, 1), x, CPU, 5) is x
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+    with pytest.raises(PTQError, match="distribution_steps needs a batch norm that was folded"):
+        PTQModule(plain, method="pdquant", distribution_steps=5)
+
+
+def test_a_unit_that_is_passed_through_is_not_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr("lightning_ptq.cache.correct_distribution", lambda unit, x, *_: calls.append(len(x)) or x)
+    pair, images = chains(tiny_net()), tiny_images(40)
+    cache = UnitCache(pair.teacher, pair.student, images, CPU, True, held_out=8, correction=4)
+    cache.advance(cache.student_out())
+    for _ in range(2):
+        cache.minibatch(torch.arange(4), True)
+    assert calls == [32], "once, and only what is drawn"
 
 
 def test_steps_are_shown_corrected_activations_and_the_next_unit_starts_from_the_true_ones() -> None:
@@ -82,7 +97,8 @@ def test_steps_are_shown_corrected_activations_and_the_next_unit_starts_from_the
     plain = UnitCache(pair.teacher, pair.student, images, CPU, True)
     for k in range(2):
         rows = torch.tensor([3, 0, 17])
-        shown, true = cache.minibatch(rows), plain.minibatch(rows)
+        shown, true = cache.minibatch(rows, True), plain.minibatch(rows, True)
+        assert torch.equal(cache.minibatch(rows).teacher_in, true.teacher_in)
         assert not torch.equal(shown.teacher_in, true.teacher_in)
         with torch.no_grad():
             torch.testing.assert_close(shown.teacher_out, pair.teacher.units[k](shown.teacher_in))

@@ -177,7 +177,8 @@ def test_contrastive_joins_and_is_balanced(tmp_path: Path) -> None:
     [
         ({}, 5),
         ({"steps_per_unit": 3}, 1),
-        ({"method": "adaround", "corrections": False}, 0),
+        ({"method": "adaround", "corrections": False}, 5),
+        ({"method": "adaround", "corrections": False, "network_rounding_lr": 0.0}, 0),
         ({"network_steps": 7}, 7),
         ({"network_steps": 0}, 0),
         ({"method": "nearest"}, 0),
@@ -209,8 +210,30 @@ def test_a_trainer_that_it_does_not_fit_is_refused_before_any_work(
 def test_a_single_unit_has_no_such_epoch() -> None:
     with pytest.raises(PTQError, match="network_steps=7 needs two units or more, but granularity='net'"):
         tiny_module(granularity="net", network_steps=7)
-    with pytest.raises(PTQError, match="network_steps=7 has nothing to learn with scales='none' and corrections=False"):
-        tiny_module(method="adaround", corrections=False, network_steps=7)
+    with pytest.raises(PTQError, match="network_steps=7 has nothing to learn with scales='none', corrections=Fal"):
+        tiny_module(method="adaround", corrections=False, network_steps=7, network_rounding_lr=0.0)
+
+
+@pytest.mark.parametrize("name", ["network_lr", "network_rounding_lr", "network_features"])
+@pytest.mark.parametrize("value", [None, True, -1.0])
+def test_rates_of_the_last_epoch_are_numbers(name: str, value: Any) -> None:
+    with pytest.raises(PTQError, match=f"{name}={value} must be a"):
+        tiny_module(**{name: value})
+
+
+def test_changed_images_meet_a_teacher_in_full_precision(tmp_path: Path) -> None:
+    module = tiny_module(network_steps=2, augment=Augmentation(shift=1))
+    kinds: list[torch.dtype] = []
+    whole = module.network_objective.forward
+    module.network_objective.forward = lambda batch: (
+        kinds.extend(  # type: ignore[method-assign]
+            (batch.teacher_out.dtype, batch.teacher_features.dtype)
+        )
+        or whole(batch)
+    )  # type: ignore[func-returns-value]
+    trainer(tmp_path, precision="bf16-mixed").fit(module, datamodule=tiny_data())
+    assert kinds == [torch.float32] * 4
+    assert module.session.state()["network_start"] is None, "what only the judgement needed does not stay"
 
 
 def test_an_augmentation_that_can_do_nothing_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -193,8 +193,9 @@ def fold_into(layer: nn.Module, norm: _BatchNorm) -> None:
     if norm.affine:
         shift = shift + norm.bias.double()
     folded = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
-    mean, deviation = (norm.bias, norm.weight.abs()) if norm.affine else (torch.zeros_like(scale), scale / scale)
-    vars(layer)[_STATISTICS] = (mean.detach().float(), deviation.detach().float().clamp(min=1e-6))
+    deviation = scale.abs() * norm.running_var.double().sqrt()
+    mean = norm.bias.detach().float() if norm.affine else torch.zeros_like(norm.running_mean)
+    vars(layer)[_STATISTICS] = (mean, deviation.float().clamp(min=1e-6))
     # New Parameters: another module may hold the old ones.
     layer.weight = nn.Parameter(folded.to(weight.dtype), requires_grad=False)
     layer.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=False)
@@ -203,7 +204,7 @@ def fold_into(layer: nn.Module, norm: _BatchNorm) -> None:
 def statistics_of(layer: nn.Module) -> Statistics | None:
     """Mean and standard deviation (O,) that a folded layer's outputs had in training; None where none was folded.
 
-    Batch norm leaves every channel with its bias for a mean and its weight for a deviation.
+    Batch norm leaves every channel with its bias for a mean and, but for its epsilon, its weight for a deviation.
     """
     statistics: Statistics | None = vars(layer).get(_STATISTICS)
     return statistics

@@ -53,10 +53,11 @@ class UnitBatch:
         importance: weight of every channel of the output (C,), or None where all count alike.
         inner: (student, teacher) values where each layer but the last ends, if calibration is layer-wise inside the
             unit; student gradients do not cross from one layer to another.
-        teacher_features: what the teacher's tail makes of `teacher_out`: the teacher's final output (B, ...).
+        teacher_features: the teacher's final output (B, ...).
         teacher_side: the teacher's tensors of all images, the same object in every step of a unit.
         rows: of this minibatch among all images (B,).
         changed: whether the images were changed at random, so that the teacher's tensors of all images hold others.
+        seed: of what is drawn at random in this step, on this process.
         clean: gives the unit's output as it will be, without drop and mixed input: one more forward pass.
         tail: the frozen rest of the teacher, from a unit's output to the final output.
         student_unit: the unit under calibration.
@@ -79,6 +80,7 @@ class UnitBatch:
     importance: Tensor | None = None
     inner: Sequence[tuple[Tensor, Tensor]] = ()
     changed: bool = False
+    seed: int = 0
     clean: Callable[[], Tensor] | None = None
 
     @cached_property

@@ -30,7 +30,6 @@ from lightning_ptq.losses.critic import (
 )
 from lightning_ptq.losses.gather import first_row, gather_rows, rank, rows_of_all
 from lightning_ptq.losses.infonce import dcl_loss, debiased_loss, infonce_loss, nce_loss
-from lightning_ptq.seeds import mixed_seed
 
 ContrastiveLoss = Literal["infonce", "nce", "dcl", "debiased"]
 NegativeSource = Literal["batch", "bank"]
@@ -97,10 +96,22 @@ class ContrastiveConfig:
                 raise PTQError(f"contrastive {name}={getattr(self, name)} must be positive. The default is {default}.")
         if not 0 <= self.prior < 1:
             raise PTQError(f"contrastive prior={self.prior} is no share below 1. The default is 0.1.")
+        if self.feature == "positions" and self.negatives == "bank":
+            raise PTQError(
+                "contrastive negatives='bank' holds whole images and feature='positions' compares parts of them. "
+                "Use negatives='batch', or another feature."
+            )
+        if self.tail_units is not None and not self.feature.startswith("tail"):
+            raise PTQError(
+                f"contrastive tail_units={self.tail_units} needs feature='tail' or 'tail-features', not "
+                f"{self.feature!r}. Leave it out, or change that."
+            )
         for name, least in (("every", 1), ("images", 1), ("tail_units", 0), ("positions", 2)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise PTQError(f"contrastive {name}={value} must be at least {least}. Leave it out for the default.")
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise PTQError(
+                    f"contrastive {name}={value} must be a whole number, {least} or more. Leave it out for the default."
+                )
 
 
 @dataclass(frozen=True)
@@ -158,9 +169,8 @@ class Contrastive(Term):
             columns, place = rows_of_all(own), _place(own)
             side = replace(bank, features=bank.features[columns], outputs=bank.outputs[columns])
         if batch.changed:
-            with torch.no_grad():
-                features = self._features(batch.teacher_out, batch.tail).float() - bank.mean
             outputs = pooled(batch.teacher_features.float())
+            features = self._teacher_features(batch.teacher_out, outputs, batch.tail) - bank.mean
             if self.config.negatives == "bank":
                 features = side.features.index_copy(0, place, features)
                 outputs = side.outputs.index_copy(0, place, outputs)
@@ -174,10 +184,10 @@ class Contrastive(Term):
         """The same with one row for each of so many positions, drawn anew at each step among those of all images."""
         first = slice(self.config.images)
         student, teacher = (at_positions(x[first]) for x in (batch.student_out, batch.teacher_out))
-        image = torch.arange(len(student)) // (len(student) // len(batch.student_out[first]))
-        generator = torch.Generator().manual_seed(mixed_seed(batch.unit, batch.step, rank()))
+        generator = torch.Generator().manual_seed(batch.seed)
         drawn = torch.randperm(len(student), generator=generator)[: self.config.positions]
-        image, drawn = image[drawn].to(student.device), drawn.to(student.device)
+        drawn = drawn.to(student.device, non_blocking=True)
+        image = drawn // (len(student) // len(batch.student_out[first]))
         features = rows_of_all(teacher[drawn].float())
         outputs = rows_of_all(pooled(batch.teacher_features.float())[image])
         mean = features.mean(0)
@@ -212,6 +222,17 @@ class Contrastive(Term):
             return projected(x.float())
         return pooled(tail(x, self._tail_units(tail)))
 
+    @torch.no_grad()
+    def _teacher_features(self, teacher_out: Tensor, outputs: Tensor, tail: Tail) -> Tensor:
+        """What is compared, of the teacher's output of a unit (n, ...) and its final ones (n, classes): (n, D).
+
+        Behind the whole tail these are the final outputs, also where the tail is the student's.
+        """
+        if self.config.feature.startswith("tail") and self._tail_units(tail) == tail.length:
+            return outputs
+        parts = [self._features(x.to(outputs.device), tail) for x in teacher_out.split(CHUNK)]
+        return torch.cat(parts).float()
+
     def _tail_units(self, tail: Tail) -> int:
         wanted = tail.length - (self.config.feature == "tail-features")
         return max(0, wanted if self.config.tail_units is None else min(wanted, self.config.tail_units))
@@ -223,11 +244,7 @@ class Contrastive(Term):
         if self._bank is None or self._bank_is_of is None or self._bank_is_of() is not side.teacher_out:
             device = batch.student_out.device
             outputs = torch.cat([pooled(x.to(device).float()) for x in side.features.split(CHUNK)])
-            if self.config.feature.startswith("tail") and self._tail_units(batch.tail) == batch.tail.length:
-                features = outputs
-            else:
-                parts = [self._features(x.to(device), batch.tail) for x in side.teacher_out.split(CHUNK)]
-                features = torch.cat(parts).float()
+            features = self._teacher_features(side.teacher_out, outputs, batch.tail)
             offset = first_row(len(features))
             features, outputs = gather_rows(features), gather_rows(outputs)
             mean = features.mean(0)

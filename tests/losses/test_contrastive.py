@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_ptq.losses import Contrastive, ContrastiveConfig, Tail, UnitBatch
 from lightning_ptq.losses.contrastive import ContrastiveLoss
-from lightning_ptq.losses.critic import cosine, find_negatives, projected
+from lightning_ptq.losses.critic import at_positions, cosine, find_negatives, projected
 from lightning_ptq.losses.infonce import infonce_loss
 from tests.losses.helpers import unit_batch
 
@@ -237,11 +237,35 @@ def test_positions_are_drawn_anew_at_each_step_and_the_same_for_teacher_and_stud
     batch.student_out = setting.teacher_out.clone()
     contrastive = term(feature="positions", positions=8, collisions="keep", temperature=0.01)
     values = []
-    for step in range(3):
-        batch.step = step
+    for seed in range(3):
+        batch.seed = seed
         values.append(float(contrastive(batch)))
     assert len(set(values)) == 3
     assert max(values) < 1.0, "of 8 positions each is most like itself"
+
+
+@pytest.mark.parametrize("negatives", ["batch", "bank"])
+def test_behind_the_whole_tail_changed_images_are_compared_with_the_teacher_s_outputs(negatives: Any) -> None:
+    """In the last epoch the tail is the student's."""
+    setting, rows = Setting(), torch.tensor([5, 0, 9, 2])
+    batch = setting.batch(rows)
+    batch.changed = True
+    outputs = batch.teacher_features = torch.randn(4, 6)
+    value = term(feature="tail", negatives=negatives, collisions="keep")(batch)
+    teacher, place = outputs, torch.arange(4)
+    if negatives == "bank":
+        teacher, place = setting.features.clone(), rows
+        teacher[rows] = outputs
+    logits = cosine(setting.run(setting.student_all[rows], 3), teacher, 0.1)
+    mask = place[:, None] != torch.arange(len(teacher))
+    torch.testing.assert_close(value, infonce_loss(logits[torch.arange(4), place], logits, mask))
+
+
+def test_tokens_are_positions() -> None:
+    tokens = torch.randn(2, 5, 3)
+    image = tokens.transpose(1, 2)[..., None]  # (B, C, H, W)
+    assert torch.equal(at_positions(tokens), at_positions(image))
+    assert torch.equal(at_positions(tokens)[7], tokens[1, 2])
 
 
 @pytest.mark.parametrize("negatives", ["batch", "bank"])
