@@ -69,7 +69,7 @@ class ContrastiveConfig:
         PTQError: an unknown choice, or a number outside its range.
     """
 
-    loss: ContrastiveLoss = "infonce"
+    loss: ContrastiveLoss = "dcl"
     feature: FeatureMap = "positions"
     tail_units: int | None = None
     center: bool = False
@@ -78,7 +78,7 @@ class ContrastiveConfig:
     collisions: Collisions = "argmax"
     two_sided: bool = False
     temperature: float = 0.1
-    rho: float = 0.5
+    rho: float = 1.0
     prior: float = 0.1
     every: int = 1
     images: int | None = None

@@ -21,7 +21,7 @@ torch.manual_seed(0)
 
 def term(**settings: Any) -> Contrastive:
     """Of whole images, as the paper has it, where nothing else is said."""
-    paper: dict[str, Any] = {"feature": "tail", "collisions": "argmax"}
+    paper: dict[str, Any] = {"loss": "infonce", "feature": "tail", "collisions": "argmax"}
     return Contrastive(ContrastiveConfig(**(paper | settings)))
 
 
