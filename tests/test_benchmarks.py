@@ -13,7 +13,7 @@ from benchmarks.results import document
 from lightning_ptq import ContrastiveConfig, PTQModule
 
 
-@pytest.mark.parametrize("name", ["allocator", "common", "methods", "ranges", "results"])
+@pytest.mark.parametrize("name", ["allocator", "common", "critic", "methods", "ranges", "results"])
 def test_each_can_be_imported(name: str) -> None:
     assert importlib.import_module(f"benchmarks.{name}").__doc__
 
