@@ -9,6 +9,7 @@ that of medians over the repeats.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import tempfile
 import warnings
@@ -44,7 +45,7 @@ def seconds(name: str, size: int, steps: int, settings: dict[str, Any]) -> float
     )
     images = torch.randn(64, 3, size, size, generator=torch.Generator().manual_seed(0))
     data = ptq.CalibrationDataModule.from_loaders(images.split(32), calibration_samples=64)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):  # it would print a summary
         L.Trainer(
             accelerator="cpu",
             max_epochs=-1,

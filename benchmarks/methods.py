@@ -49,7 +49,7 @@ GRIDS: dict[str, Grid] = {
         "network_steps": [1500],
         "options": [{"augment": {"flip": True, "shift": 2}}],
     },
-    "time": {"network_steps": [0, None]},
+    "time": {"contrastive": [False, True]},
 }
 DEFAULTS: dict[str, Any] = {
     "model": "resnet20",

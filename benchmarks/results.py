@@ -81,10 +81,9 @@ def gain_table(runs: Runs) -> list[str]:
         shown = [row[name] for name in ("model", "bits", "method", "critic", "samples", "steps", "network_steps")]
         tops = [spread(column([pair[i] for pair in pairs], "student_top1")) for i in (0, 1)]
         gains = [gain([(float(a[name]), float(b[name])) for a, b in pairs]) for name in ("student_top1", "agreement")]
-        ratio = median(float(b["calibration_seconds"]) / float(a["calibration_seconds"]) for a, b in pairs)
-        lines.append([*shown, *tops, *gains, f"{ratio:.2f}", str(len(pairs))])
+        lines.append([*shown, *tops, *gains, str(len(pairs))])
     head = ["model", "bits", "base", "critic", "images", "steps", "last epoch", "base top-1", "with the term"]
-    return table([*head, "gain", "gain in agreement", "time", "n"], sorted(lines))
+    return table([*head, "gain", "gain in agreement", "n"], sorted(lines))
 
 
 def time_table(runs: Runs) -> list[str]:
@@ -97,10 +96,11 @@ def time_table(runs: Runs) -> list[str]:
                 f"{median(float(row['wall']) / float(row[f]) for row in rows):.0f}" for f in ("f_before", "f_between")
             ]
             seconds = [f"{median(column(rows, name)):.0f}" for name in ("wall", "calibration_seconds")]
-            shown = [rows[0][name] for name in ("bits", "steps", "network_steps", "threads")]
+            shown = [rows[0][name] for name in ("bits", "contrastive", "steps", "network_steps", "threads")]
             lines.append([*shown, *seconds, *ratios, f"{max(column(rows, 'peak_rss_mib')):.0f}", str(len(rows))])
     head = [
         "bits",
+        "contrastive",
         "steps",
         "last epoch",
         "threads",
