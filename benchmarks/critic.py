@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["resnet20", "resnet18", "resnet50"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[32, 64, 64], help="of the images, for each network")
-    parser.add_argument("--steps", type=int, default=20, help="for each unit")
+    parser.add_argument("--steps", type=int, default=100, help="for each unit; the first 8 also measure balance")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
