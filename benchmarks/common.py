@@ -8,11 +8,12 @@ import subprocess
 import time
 from pathlib import Path
 
+import lightning as L
 import torch
 from torch import nn
 from torchvision.models import MobileNetV2
 
-from lightning_ptq import QuantConfig
+from lightning_ptq import CalibrationDataModule, PTQModule, QuantConfig
 from lightning_ptq.cli import load_weights
 from lightning_ptq.graph import build_chain
 from lightning_ptq.models import resnet20
@@ -29,6 +30,18 @@ def trained(name: str, root: Path) -> nn.Module:
         model = MobileNetV2(num_classes=10, dropout=0.0, inverted_residual_setting=settings)
     load_weights(model, str(root / "teachers" / f"{name}.pt"))
     return model.eval()
+
+
+def calibrate(module: PTQModule, data: CalibrationDataModule, folder: str, *callbacks: L.Callback) -> None:
+    """Fit on the CPU without bars and loggers; what a run leaves goes to `folder`."""
+    L.Trainer(
+        accelerator="cpu",
+        max_epochs=-1,
+        logger=False,
+        default_root_dir=folder,
+        enable_progress_bar=False,
+        callbacks=list(callbacks),
+    ).fit(module, datamodule=data)
 
 
 class Yardstick:

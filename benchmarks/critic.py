@@ -16,12 +16,12 @@ import warnings
 from statistics import median
 from typing import Any
 
-import lightning as L
 import torch
 import torchvision
 from torch import nn
 
 import lightning_ptq as ptq
+from benchmarks.common import calibrate
 from lightning_ptq.models import resnet20
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -46,14 +46,7 @@ def seconds(name: str, size: int, steps: int, settings: dict[str, Any]) -> float
     images = torch.randn(64, 3, size, size, generator=torch.Generator().manual_seed(0))
     data = ptq.CalibrationDataModule.from_loaders(images.split(32), calibration_samples=64)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):  # it would print a summary
-        L.Trainer(
-            accelerator="cpu",
-            max_epochs=-1,
-            logger=False,
-            default_root_dir=folder,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        ).fit(module, datamodule=data)
+        calibrate(module, data, folder)
     return module.session.wall_seconds["calibration"]
 
 

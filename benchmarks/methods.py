@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.common import DEFAULT_ROOT, Yardstick, commit, trained
+from benchmarks.common import DEFAULT_ROOT, Yardstick, calibrate, commit, trained
 from lightning_ptq.methods import default_network_steps
 
 BITS = ["w4a4", "w3a3", "w2a4", "w2a2"]
@@ -84,7 +84,6 @@ RESULTS = (
 
 def run_one(settings: dict[str, Any], root: Path, threads: int) -> dict[str, Any]:
     """One calibration in this process; the wall time counts from the parent's start of the process."""
-    import lightning as L
     import torch
     from lightning.pytorch.callbacks import LambdaCallback
 
@@ -111,14 +110,7 @@ def run_one(settings: dict[str, Any], root: Path, threads: int) -> dict[str, Any
     before, between = (Yardstick(trained(settings["model"], root), data.calibration_images()) for _ in range(2))
     before.measure(5)
     with tempfile.TemporaryDirectory() as folder:
-        L.Trainer(
-            accelerator="cpu",
-            max_epochs=-1,
-            logger=False,
-            default_root_dir=folder,
-            enable_progress_bar=False,
-            callbacks=[LambdaCallback(on_train_epoch_start=lambda *_: between.measure())],
-        ).fit(module, datamodule=data)
+        calibrate(module, data, folder, LambdaCallback(on_train_epoch_start=lambda *_: between.measure()))
         summary = json.loads((Path(folder) / "summary.json").read_text())
     wall = time.time() - float(os.environ["BENCHMARK_START"]) - sum(before.seconds + between.seconds)
     return {

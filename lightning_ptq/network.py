@@ -2,8 +2,8 @@
 
 Unit by unit, each error is judged where it arises. What remains is judged at the output: activation scales and, for
 every channel of every layer, a gain on the quantized weights and a shift of the bias are trained together, from where
-the units left them, and the weights' rounding if asked for. None of it costs anything at inference, since gains go into
-the weights' scales and shifts into the biases.
+the units left them, and so is the weights' rounding if asked for. None of it costs anything at inference, since gains
+go into the weights' scales and shifts into the biases.
 """
 
 from __future__ import annotations

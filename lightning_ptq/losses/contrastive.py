@@ -190,11 +190,15 @@ class Contrastive(Term):
         image = drawn // (len(student) // len(batch.student_out[first]))
         features = rows_of_all(teacher[drawn].float())
         outputs = rows_of_all(pooled(batch.teacher_features.float())[image])
+        side = self._side(features, outputs)
+        return student[drawn].float() - side.mean, side, _place(drawn)
+
+    def _side(self, features: Tensor, outputs: Tensor, offset: int = 0) -> _Teacher:
+        """The teacher's side of features (N, D), with their mean taken off if asked for, and outputs (N, classes)."""
         mean = features.mean(0)
         variance = (features - mean).square().sum(1).mean()
         mean = mean if self.config.center else torch.zeros_like(mean)
-        side = _Teacher(features - mean, outputs, mean, variance, 0)
-        return student[drawn].float() - mean, side, _place(drawn)
+        return _Teacher(features - mean, outputs, mean, variance, offset)
 
     def forget(self) -> None:
         """Drop the teacher's side."""
@@ -245,11 +249,6 @@ class Contrastive(Term):
             device = batch.student_out.device
             outputs = torch.cat([pooled(x.to(device).float()) for x in side.features.split(CHUNK)])
             features = self._teacher_features(side.teacher_out, outputs, batch.tail)
-            offset = first_row(len(features))
-            features, outputs = gather_rows(features), gather_rows(outputs)
-            mean = features.mean(0)
-            variance = (features - mean).square().sum(1).mean()
-            mean = mean if self.config.center else torch.zeros_like(mean)
-            self._bank = _Teacher(features - mean, outputs, mean, variance, offset)
+            self._bank = self._side(gather_rows(features), gather_rows(outputs), first_row(len(features)))
             self._bank_is_of = weakref.ref(side.teacher_out)
         return self._bank
