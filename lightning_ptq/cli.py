@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from torch import nn
 
 from lightning_ptq.callbacks import PredictionFile
@@ -137,6 +137,10 @@ class PTQCLI(LightningCLI):
         """Subcommands and the arguments that the command line provides itself."""
         return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}}
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The model is told what images it will see: `torch.export` needs to know."""
+        parser.link_arguments("data", "model.image_shape", _image_shape, apply_on="instantiate")
+
     def before_instantiate_classes(self) -> None:
         """`plan` looks at shapes only: it must not download or read weights. The others' checkpoint has to be there."""
         path = self.config[self.subcommand].get("ckpt_path")
@@ -146,6 +150,10 @@ class PTQCLI(LightningCLI):
             )
         if self.subcommand == "plan":
             self.config.plan.model.weights = None
+
+
+def _image_shape(data: CalibrationDataModule | None) -> tuple[int, ...] | None:
+    return None if data is None else data.image_shape
 
 
 def _is_news(record: logging.LogRecord) -> bool:

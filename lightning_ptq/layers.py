@@ -103,6 +103,11 @@ def is_quantizable(module: nn.Module) -> bool:
     return type(module) in REGISTRY
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Whether `module` is such a twin."""
+    return isinstance(module, _Quantized)
+
+
 def quantize_layer(module: nn.Module, bits: int, config: QuantConfig, rounding: str = "nearest") -> nn.Module:
     """The quantized twin of a float layer; it shares the layer's parameters and computes the same without ranges."""
     assert isinstance(module.weight, Tensor)

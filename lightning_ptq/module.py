@@ -75,6 +75,7 @@ class PTQModule(Evaluation):
         granularity, input, rounding, scales, drop, drop_until, weighting, corrections, prediction,
             distribution_steps: coordinates of the method that differ from the preset.
         leaf_modules: name patterns of modules that are not traced and stay in floating point.
+        image_shape: (C, H, W) of the images, for models that only `torch.export` can follow; None guesses it.
         terms: further loss terms of units by name; they do not join the last epoch.
         cache: where activations are kept: on the "device", on the "host", or "auto": on the device if they fit.
         held_out: share of the calibration images that no step draws; they judge each unit and measure its information.
@@ -113,6 +114,7 @@ class PTQModule(Evaluation):
         prediction: float | None = None,
         distribution_steps: int | None = None,
         leaf_modules: Sequence[str] = (),
+        image_shape: Sequence[int] | None = None,
         terms: dict[str, Term] | None = None,
         cache: CachePolicy = "auto",
         held_out: float = 0.0,
@@ -144,7 +146,12 @@ class PTQModule(Evaluation):
             distribution_steps=distribution_steps,
         )
         chains = build_chain(
-            model, quant, coordinates.granularity, rounding=coordinates.rounding, leaf_modules=leaf_modules
+            model,
+            quant,
+            coordinates.granularity,
+            rounding=coordinates.rounding,
+            leaf_modules=leaf_modules,
+            image_shape=image_shape,
         )
         super().__init__(chains.teacher, chains.student)
         self.chains, self.method = chains, coordinates

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lightning_ptq.config import QuantConfig
 from lightning_ptq.errors import PTQError
 from lightning_ptq.graph import ChainPair
+from lightning_ptq.graph.arithmetic import multiply_adds
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.network import NETWORK
 
@@ -65,6 +66,18 @@ def plan_text(
         cache = samples * 4 * (_numel(shapes[0]) + _numel(shapes[-2]) + _numel(shapes[-1]))
         title = f"{len(chains.student) + 1:>3}  {NETWORK}"
         lines.append(f"{title:<32} {_shape(shapes[-1]):>15} {0:>12,} {cache / 2**20:>10.1f}")
+    quantized, total = multiply_adds(chains.student, image_shape)
+    lines += ["", f"{100 * quantized / max(total, 1):.2f} % of {total:,} multiply-adds for one image are quantized"]
+    if chains.products:
+        lines += [
+            f"products of activations, A{quant.act_bits} unless overridden:",
+            *(f"  {n}" for n in chains.products),
+        ]
+    if chains.student.image_shape is not None:
+        lines.append(f"captured by torch.export, for images of shape {_shape(chains.student.image_shape)} only")
+    if chains.islands:
+        lines += ["kept whole, since neither torch.fx nor torch.export can follow them:"]
+        lines += [f"  {name}" for name in chains.islands]
     lines += ["", "stays in floating point:"]
     lines += [f"  {op.name}: {op.reason}" for op in chains.floats] or ["  nothing with parameters"]
     return "\n".join(lines)

@@ -9,10 +9,14 @@ from typing import get_args
 from torch import fx, nn
 
 from lightning_ptq.config import Granularity, QuantConfig, check_option
+from lightning_ptq.graph.attention import decompose_attention
+from lightning_ptq.graph.capture import capture
+from lightning_ptq.graph.constants import fold_constants
 from lightning_ptq.graph.cuts import computed, find_cuts, find_taps, slices
 from lightning_ptq.graph.fold import fold_batch_norm, normalise
+from lightning_ptq.graph.modularise import modularise
 from lightning_ptq.graph.placement import FloatOp, Placement, float_ops, place_quantizers
-from lightning_ptq.graph.trace import any_layout_will_do, trace
+from lightning_ptq.graph.trace import any_layout_will_do
 from lightning_ptq.graph.units import Chain, build_unit, unit_names
 from lightning_ptq.layers import quantize_layer
 
@@ -36,12 +40,21 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class ChainPair:
-    """A float teacher and a quantized student with the same cuts and the same weight Parameters."""
+    """A float teacher and a quantized student with the same cuts and the same weight Parameters.
+
+    Attributes:
+        layers: the quantized layers.
+        products: names of the products of two activations, both quantized.
+        floats: what stays in floating point.
+        islands: modules that nothing could follow and that are kept whole.
+    """
 
     teacher: Chain
     student: Chain
     layers: tuple[LayerPlan, ...]
+    products: tuple[str, ...]
     floats: tuple[FloatOp, ...]
+    islands: tuple[str, ...]
 
 
 def build_chain(
@@ -51,6 +64,7 @@ def build_chain(
     *,
     rounding: str = "nearest",
     leaf_modules: Sequence[str] = (),
+    image_shape: Sequence[int] | None = None,
 ) -> ChainPair:
     """Turn `model` into a teacher and a student, cut into units; the model itself is not modified.
 
@@ -60,14 +74,19 @@ def build_chain(
         granularity: "layer", "block", "stage" or "net": what one unit holds.
         rounding: how the student's weights are rounded.
         leaf_modules: patterns of qualified names of modules to keep whole, in float, instead of tracing them.
+        image_shape: (C, H, W) of the images, for models that only torch.export can follow; None guesses it.
 
     Raises:
         PTQError: the model cannot be traced or has nothing to quantize; a pattern matches nothing; an
             unknown granularity.
     """
     check_option(granularity, get_args(Granularity), "granularity")
-    gm = trace(model, leaf_modules)
+    captured = capture(model, leaf_modules, image_shape)
+    gm = captured.gm
     normalise(gm)
+    fold_constants(gm)
+    decompose_attention(gm)
+    modularise(gm, leaf_modules)
     fold_batch_norm(gm)
     placement = place_quantizers(gm, config)
     gm.requires_grad_(False)
@@ -80,17 +99,19 @@ def build_chain(
     }
 
     ends = [*(unit[-1] for unit in nodes[:-1]), result_of(gm)]
-    starts = [next(iter(gm.graph.nodes)), *ends[:-1]]
+    starts = [image_of(gm.graph), *ends[:-1]]
     taps = [find_taps(placement, unit) if granularity == "layer" else [] for unit in nodes]
     parts = list(zip(nodes, starts, ends, taps, strict=True))
     student = [build_unit(gm, unit, start, end, quantized, (), inner) for unit, start, end, inner in parts]
     teacher = [build_unit(gm, unit, start, end, {}, placement.quantizers, inner) for unit, start, end, inner in parts]
     any_layout = any_layout_will_do(gm)
     return ChainPair(
-        Chain(teacher, names, any_layout).eval(),
-        Chain(student, names, any_layout).eval(),
+        Chain(teacher, names, any_layout, captured.image_shape).eval(),
+        Chain(student, names, any_layout, captured.image_shape).eval(),
         layers,
+        tuple(placement.products.values()),
         float_ops(placement),
+        captured.islands,
     )
 
 
@@ -105,6 +126,12 @@ def plan_layers(placement: Placement, units: Sequence[Sequence[fx.Node]]) -> tup
                 count = sum(parameter.numel() for parameter in module.parameters())
                 plans.append(LayerPlan(name, type(module).__name__, k, bits.weight_bits, bits.act_bits, count))
     return tuple(plans)
+
+
+def image_of(graph: fx.Graph) -> fx.Node:
+    """The node that stands for the network's input."""
+    images: list[fx.Node] = list(graph.find_nodes(op="placeholder"))
+    return images[0]
 
 
 def result_of(gm: fx.GraphModule) -> fx.Node:

@@ -6,7 +6,7 @@ is no example input.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -28,8 +28,11 @@ _NOT_POINTWISE = (MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, n
 
 
 def computed(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes that compute something; parameters and constants are fetched anew by each unit that needs them."""
-    return [node for node in graph.nodes if node.op.startswith("call_")]
+    """The nodes that compute something.
+
+    Parameters, constants and the batch size are fetched anew by each unit that needs them.
+    """
+    return [node for node in graph.nodes if node.op.startswith("call_") and not node.meta.get("batch_size")]
 
 
 class Liveness:
@@ -38,31 +41,44 @@ class Liveness:
     Attributes:
         nodes: the computed nodes.
         points: cut points, i.e. the places where one tensor, the node's own, is all that is needed.
+        points_but_for_scalars: places where one tensor, the node's own, and scalars are all that is needed.
         branching: places where more than one tensor is needed.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
         kinds = node_kinds(gm)
         self.nodes = computed(gm.graph)
-        order = {node: i for i, node in enumerate(self.nodes)}
-        order[gm.graph.output_node()] = len(self.nodes)
-        dying: dict[int, list[fx.Node]] = {}  # place -> values whose last reader is the node there
         sources = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        for node in [*sources, *self.nodes]:
-            if node.users:
-                dying.setdefault(max(order[reader] for reader in node.users), []).append(node)
+        order = {node: i for i, node in enumerate([*self.nodes, gm.graph.output_node()])}
+        is_point = [kinds[node] == "tensor" and has_a_row_an_image(node) for node in self.nodes]
 
-        live = set(sources)
-        self.points: set[int] = set()
-        self.branching: set[int] = set()
-        for i, node in enumerate(self.nodes):
-            live.difference_update(dying.get(i, ()))
-            if node.users:
-                live.add(node)
-            if live == {node} and kinds[node] == "tensor":
-                self.points.add(i)
-            if sum(kinds[value] != "scalar" for value in live) > 1:
-                self.branching.add(i)
+        live = lives([*sources, *self.nodes], order)
+        self.points = {i for i, node in enumerate(self.nodes) if is_point[i] and live[i] == {node}}
+        self.branching = {i for i, values in enumerate(live) if sum(kinds[v] != "scalar" for v in values) > 1}
+
+        tensors = [node for node in [*sources, *self.nodes] if kinds[node] != "scalar"]
+        live = lives(tensors, {node: i for node, i in order.items() if kinds.get(node) != "scalar"}, len(self.nodes))
+        self.points_but_for_scalars = {i for i, node in enumerate(self.nodes) if is_point[i] and live[i] == {node}}
+
+
+def lives(values: Sequence[fx.Node], order: Mapping[fx.Node, int], places: int | None = None) -> list[set[fx.Node]]:
+    """For every place in `order`, which of `values` are still read behind it by a node in `order`."""
+    alive: list[set[fx.Node]] = [set() for _ in range(len(order) if places is None else places)]
+    for value in values:
+        last = max((order[reader] for reader in value.users if reader in order), default=-1)
+        for i in range(order.get(value, 0), min(last, len(alive))):
+            alive[i].add(value)
+    return alive
+
+
+def has_a_row_an_image(node: fx.Node) -> bool:
+    """Whether a node's first dimension is the batch, as far as it is known; windows of an image may be rows as well."""
+    shape = getattr(node.meta.get("val"), "shape", None)
+    return shape is None or (len(shape) > 0 and shape[0] == _batch_of(node))
+
+
+def _batch_of(node: fx.Node) -> Any:
+    return next(n for n in node.graph.nodes if n.op == "placeholder").meta["val"].shape[0]
 
 
 def find_cuts(placement: Placement, granularity: Granularity) -> list[int]:
@@ -175,6 +191,8 @@ def reduces_resolution(gm: fx.GraphModule, node: fx.Node) -> bool:
             return any_above_one(module.stride)
         return False
     name = op_name(node)
+    if name == "slice" and len(node.args) > 4:
+        return any_above_one(node.args[4])
     if name == "getitem" and isinstance(node.args[1], tuple):
         index = node.args[1]
         spatial = index[index.index(...) + 1 :] if ... in index else index[2:]

@@ -190,11 +190,12 @@ def fold_into(layer: nn.Module, norm: _BatchNorm) -> None:
         scale = scale * norm.weight.double()
     shift = -norm.running_mean.double() if bias is None else _double(bias) - norm.running_mean.double()
     shift = shift * scale
-    if norm.affine:
-        shift = shift + norm.bias.double()
+    offset = norm._parameters.get("bias")
+    if offset is not None:
+        shift = shift + offset.double()
     folded = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
     deviation = scale.abs() * norm.running_var.double().sqrt()
-    mean = norm.bias.detach().float() if norm.affine else torch.zeros_like(norm.running_mean)
+    mean = torch.zeros_like(norm.running_mean) if offset is None else offset.detach().float()
     vars(layer)[_STATISTICS] = (mean, deviation.float().clamp(min=1e-6))
     # New Parameters: another module may hold the old ones.
     layer.weight = nn.Parameter(folded.to(weight.dtype), requires_grad=False)

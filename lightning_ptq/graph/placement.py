@@ -17,9 +17,9 @@ from lightning_ptq.quantizers import ActQuantizer
 
 _NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm)
 _NORM_OPS = ("layer_norm", "group_norm", "rms_norm", "batch_norm", "instance_norm")
-_MATMUL_OPS = words(
-    "matmul mm bmm addmm baddbmm einsum bilinear scaled_dot_product_attention multi_head_attention_forward"
-)
+# Products of two tensors that both follow from the image; their inputs are quantized.
+_PRODUCTS = words("matmul mm bmm einsum")
+_MATMUL_OPS = _PRODUCTS | words("addmm baddbmm bilinear scaled_dot_product_attention multi_head_attention_forward")
 _MODULE_OPS = {"linear": "nn.Linear", "conv1d": "nn.Conv1d", "conv2d": "nn.Conv2d", "conv3d": "nn.Conv3d"}
 _MODULE_OPS |= {f"conv_transpose{n}d": f"nn.ConvTranspose{n}d" for n in (1, 2, 3)}
 
@@ -39,16 +39,18 @@ class Placement:
     Attributes:
         gm: the float network; its quantizer nodes call `ActQuantizer`s.
         layers: quantizable layer node -> its bits; `act_bits` are those of the quantizer that it reads.
+        products: nodes that multiply two activations -> their names.
         quantizers: quantizer nodes.
     """
 
     gm: fx.GraphModule
     layers: dict[fx.Node, LayerBits]
+    products: dict[fx.Node, str]
     quantizers: frozenset[fx.Node]
 
 
 def place_quantizers(gm: fx.GraphModule, config: QuantConfig) -> Placement:
-    """Insert one `ActQuantizer` after the producer of every tensor that a quantizable layer reads.
+    """Insert one `ActQuantizer` after the producer of every tensor that a quantizable layer or a product reads.
 
     All readers of that tensor, residual additions and pools included, read the quantized one.
 
@@ -61,20 +63,55 @@ def place_quantizers(gm: fx.GraphModule, config: QuantConfig) -> Placement:
             "the model has no layer that can be quantized (nn.Conv2d, nn.Conv1d, nn.Linear called as modules). "
             "Write functional convolutions and products with weights as modules, and see leaf_modules."
         )
-    config.check_overrides([str(node.target) for node in nodes])
+    products = {node: product_name(node) for node in products_of_activations(gm)}
+    config.check_overrides([*(str(node.target) for node in nodes), *products.values()])
     first, last = edge_layers(nodes, gm.graph.nodes)
     wanted = {n: config.bits_of(str(n.target), first=n in first, last=n in last) for n in nodes}
+    wanted |= {n: config.bits_of(name, first=False, last=False) for n, name in products.items()}
 
     readers: dict[fx.Node, list[fx.Node]] = {}
-    for node in nodes:
-        readers.setdefault(input_of(node), []).append(node)
-    layers, quantizers = {}, set()
+    for node in gm.graph.nodes:
+        if node in wanted:
+            for source in dict.fromkeys(node.all_input_nodes):
+                readers.setdefault(source, []).append(node)
+    bits_of: dict[fx.Node, LayerBits] = {}
+    quantizers = set()
     for producer, group in readers.items():
         bits = max(wanted[node].act_bits for node in group)
         quantizers.add(insert_quantizer(gm, producer, bits, config.act_symmetric))
-        layers.update({node: LayerBits(wanted[node].weight_bits, bits) for node in group})
+        bits_of.update({node: LayerBits(wanted[node].weight_bits, bits) for node in group})
     gm.recompile()
-    return Placement(gm, {node: layers[node] for node in nodes}, frozenset(quantizers))
+    return Placement(gm, {node: bits_of[node] for node in nodes}, products, frozenset(quantizers))
+
+
+def products_of_activations(gm: fx.GraphModule) -> list[fx.Node]:
+    """The nodes that multiply two matrices which both depend on the image."""
+    dependent: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" or any(source in dependent for source in node.all_input_nodes):
+            dependent.add(node)
+    return [
+        node
+        for node in gm.graph.nodes
+        if op_name(node) in _PRODUCTS
+        and node.op in ("call_function", "call_method")
+        and len(factors(node)) == 2
+        and all(factor in dependent for factor in factors(node))
+    ]
+
+
+def factors(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a product reads, one twice if it is multiplied by itself."""
+    found: list[fx.Node] = []
+    fx.map_arg(node.args, found.append)
+    return found
+
+
+def product_name(node: fx.Node) -> str:
+    """What a product is called in overrides and plans: the module that it is in, and its own name."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = stack[-1][0].split("@")[0] if stack else ""
+    return f"{path}.{node.name}" if path else node.name
 
 
 def edge_layers(layers: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
@@ -104,20 +141,14 @@ def insert_quantizer(gm: fx.GraphModule, producer: fx.Node, bits: int, symmetric
     return node
 
 
-def input_of(layer: fx.Node) -> fx.Node:
-    """The node that a layer reads."""
-    source = layer.args[0] if layer.args else layer.kwargs["input"]
-    assert isinstance(source, fx.Node)
-    return source
-
-
 def float_ops(placement: Placement) -> tuple[FloatOp, ...]:
     """Every operation with parameters, and every product, that stays in float, in order, each once."""
     gm = placement.gm
     found: dict[str, FloatOp] = {}
     for node in gm.graph.nodes:
         reason = node.meta.get("float_reason") or why_float(gm, node)
-        if reason and node not in placement.layers and node not in placement.quantizers:
+        quantized = node in placement.layers or node in placement.products or node in placement.quantizers
+        if reason and not quantized:
             name = str(node.target) if node.op in ("call_module", "get_attr") else node.name
             found.setdefault(name, FloatOp(name, reason))
     return tuple(found.values())

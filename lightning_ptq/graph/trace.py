@@ -38,9 +38,17 @@ _TUPLE_OPS = words(
 _TUPLE_WITH_DIM = frozenset(("max", "min", "median", "nanmedian"))
 _SCALAR_OPS = words(
     "size dim ndimension numel stride item tolist is_floating_point is_complex get_device element_size _assert "
-    "storage_offset is_contiguous data_ptr nelement"
+    "storage_offset is_contiguous data_ptr nelement sym_size sym_numel sym_stride"
 )
 _TENSOR_ATTRIBUTES = frozenset(("T", "mT", "H", "mH", "data", "real", "imag"))
+
+
+class TraceError(PTQError):
+    """Code that fx cannot trace; `path` are the modules around it, outermost first."""
+
+    def __init__(self, message: str, path: Sequence[str]) -> None:
+        super().__init__(message)
+        self.path = tuple(path)
 
 
 class ModuleTracer(fx.Tracer):
@@ -89,7 +97,7 @@ def trace(model: nn.Module, leaf_modules: Sequence[str] = ()) -> fx.GraphModule:
     """Trace a copy of `model` in eval mode; nodes carry `meta["nn_module_stack"]`.
 
     Args:
-        model: takes one tensor and returns one tensor; it is not modified.
+        model: takes one tensor and returns one tensor, or a dict with one; it is not modified.
         leaf_modules: patterns of qualified module names to keep whole (and in float).
 
     Raises:
@@ -105,7 +113,8 @@ def trace(model: nn.Module, leaf_modules: Sequence[str] = ()) -> fx.GraphModule:
     except PTQError:
         raise
     except Exception as error:
-        raise PTQError(describe_failure(model, tracer.path, error)) from error
+        raise TraceError(describe_failure(model, tracer.path, error), tracer.path) from error
+    graph.output_node().args = (pick_output(graph.output_node().args[0]),)
     gm = fx.GraphModule(root, graph)
     check_output(model, gm)
     return gm
@@ -145,13 +154,24 @@ def any_layout_will_do(gm: fx.GraphModule) -> bool:
     return "opaque" not in node_kinds(gm).values() and not any(op_name(n) in _LAYOUT_OPS for n in gm.graph.nodes)
 
 
+# The entries of a dict of outputs that are taken for the main one, in this order; else its first.
+_MAIN_OUTPUTS = ("out", "logits", "prediction", "output")
+
+
+def pick_output(output: Any) -> Any:
+    """What a quantized network returns where a model returns `output`: of a dict its main entry."""
+    if isinstance(output, Mapping) and output:
+        return output[next((key for key in _MAIN_OUTPUTS if key in output), next(iter(output)))]
+    return output
+
+
 def check_output(model: nn.Module, gm: fx.GraphModule) -> None:
     """Raise `PTQError` if the model returns something that is known not to be one tensor."""
     output = gm.graph.output_node().args[0]
     kind = node_kinds(gm)[output] if isinstance(output, fx.Node) else type(output).__name__.removeprefix("immutable_")
     if kind not in ("tensor", "opaque"):
         raise PTQError(
-            f"{type(model).__name__} returns a {kind}; a model to quantize returns one tensor. "
+            f"{type(model).__name__} returns a {kind}; a model to quantize returns one tensor, or a dict of them. "
             "Wrap it in a module that picks the output."
         )
 
@@ -236,7 +256,8 @@ def op_name(node: fx.Node) -> str:
     """Bare name of a function or method node, such as "relu"; empty for other nodes."""
     if node.op == "call_method":
         return str(node.target)
-    return str(getattr(node.target, "__name__", "")) if node.op == "call_function" else ""
+    # aten's are called "add.Tensor", by their overload.
+    return str(getattr(node.target, "__name__", "")).split(".")[0] if node.op == "call_function" else ""
 
 
 def is_torch_op(node: fx.Node) -> bool:

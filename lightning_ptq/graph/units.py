@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_ptq.errors import PTQError
 from lightning_ptq.graph.taps import Tap
+from lightning_ptq.graph.trace import op_name
 
 
 class Chain(nn.Module):
@@ -18,18 +20,34 @@ class Chain(nn.Module):
         units: the units, graph modules whose submodules keep the qualified names of the original model.
         names: one unique, readable name for each unit.
         any_layout: whether no unit minds how its input is laid out in memory.
+        image_shape: the only (C, H, W) of images that it takes; None if it takes any.
 
     Shape: input of unit `start` -> output of unit `stop - 1`.
     """
 
-    def __init__(self, units: Sequence[fx.GraphModule], names: Sequence[str], any_layout: bool = False) -> None:
+    def __init__(
+        self,
+        units: Sequence[fx.GraphModule],
+        names: Sequence[str],
+        any_layout: bool = False,
+        image_shape: tuple[int, ...] | None = None,
+    ) -> None:
         super().__init__()
-        self.any_layout = any_layout
+        self.any_layout, self.image_shape = any_layout, image_shape
         self.units = nn.ModuleList(units)
         self.names = tuple(names)
 
     def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Run `units[start:stop]`."""
+        """Run `units[start:stop]`.
+
+        Raises:
+            PTQError: images of another shape than the network was captured for.
+        """
+        if start == 0 and self.image_shape is not None and x.shape[1:] != self.image_shape:
+            raise PTQError(
+                f"images have shape {tuple(x.shape[1:])}, but the network was captured by torch.export for "
+                f"{self.image_shape}. Give image_shape={tuple(x.shape[1:])}, or images of that shape."
+            )
         for unit in self.units[start:stop]:
             x = unit(x)
         return x
@@ -90,6 +108,9 @@ def build_unit(
     copies = {source: graph.placeholder("x")}
 
     def copy_of(node: fx.Node) -> fx.Node:
+        if node not in copies and node.meta.get("batch_size"):  # of what this unit reads
+            size = graph.call_method("size", (copies[source], 0)) if op_name(node) == "sym_size" else None
+            copies[node] = graph.node_copy(node, copy_of) if size is None else size
         if node not in copies:  # constants, at their first reader in this unit
             assert node.op == "get_attr", node
             copies[node] = graph.node_copy(node)

@@ -99,14 +99,15 @@ def test_what_stays_in_float_is_listed_with_a_reason():
         def forward(self, x):
             x = self.up(self.conv(x)).mean((2, 3))
             x = F.linear(self.norm(x), self.weight) * self.gain
-            return x @ torch.matmul(x.transpose(0, 1), x)
+            return x @ torch.matmul(self.weight, self.weight @ torch.addmm(x, x, x.transpose(0, 1)))
 
     pair = build_chain(Net().eval(), QuantConfig(), "layer")
     assert {op.name: op.reason for op in pair.floats} == {
         "up": "ConvTranspose2d is not supported and stays in float",
         "norm": "LayerNorm is kept in float",
-        "linear": "F.linear is not quantized; call a module (nn.Linear) instead",
         "gain": "parameter used directly by 'mul' stays in float",
+        "addmm": "addmm is not quantized",
+        "weight": "parameter used directly by 'matmul' stays in float",
         "matmul": "matmul is not quantized",
         "matmul_1": "matmul is not quantized",
     }

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_ptq.config import QuantConfig
 from lightning_ptq.errors import PTQError
 from lightning_ptq.graph import build_chain
-from lightning_ptq.graph.trace import node_kinds, trace
+from lightning_ptq.graph.trace import TraceError, node_kinds, trace
 
 
 def build(model, **options):
@@ -41,9 +41,9 @@ class Gated(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def test_untraceable_model_is_refused_with_the_users_line_and_the_module_to_keep_whole():
-    with pytest.raises(PTQError) as caught:
-        build(Gated().eval())
+def test_the_error_names_the_users_line_and_the_module_to_keep_whole():
+    with pytest.raises(TraceError) as caught:
+        trace(Gated().eval())
     message = str(caught.value)
     lines = Path(__file__).read_text().splitlines()
     number = 1 + next(i for i, line in enumerate(lines) if "# the offending line" in line)
@@ -52,6 +52,7 @@ def test_untraceable_model_is_refused_with_the_users_line_and_the_module_to_keep
     assert "control flow" in message
     assert "leaf_modules=['gate']" in message
     assert "torch.fx.wrap" in message
+    assert caught.value.path == ("gate",)
 
 
 def test_untraceable_line_of_the_model_itself_is_not_answered_with_a_leaf():
@@ -106,7 +107,7 @@ class Returns(nn.Module):
     ("function", "kind"),
     [
         (lambda y: (y, y), "tuple"),
-        (lambda y: {"logits": y}, "dict"),
+        (lambda y: {"logits": (y, y)}, "tuple"),
         (lambda y: y.chunk(2), "tuple"),
         (lambda y: y.max(dim=1), "tuple"),
         (lambda y: y.shape, "scalar"),

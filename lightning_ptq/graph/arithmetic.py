@@ -1,0 +1,57 @@
+"""How much of a network's arithmetic is quantized, from shapes alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_ptq.graph.units import Chain
+from lightning_ptq.layers import is_quantized
+from lightning_ptq.quantizers import ActQuantizer
+
+
+class _Counter(fx.Interpreter):
+    """Runs a unit and counts the multiply-adds of each node."""
+
+    def __init__(self, unit: fx.GraphModule) -> None:
+        super().__init__(unit)
+        self.quantized = self.total = 0
+
+    def run_node(self, n: fx.Node) -> Any:
+        with FlopCounterMode(display=False) as counter:
+            result = super().run_node(n)
+        count = counter.get_total_flops() // 2
+        self.total += count
+        if count and self.is_quantized(n):
+            self.quantized += count
+        return result
+
+    def is_quantized(self, node: fx.Node) -> bool:
+        """Whether a node computes with a quantized weight, or with two quantized activations."""
+        if node.op == "call_module":
+            return is_quantized(self.module.get_submodule(str(node.target)))
+        return all(
+            source.op == "call_module" and isinstance(self.module.get_submodule(str(source.target)), ActQuantizer)
+            for source in node.all_input_nodes
+        )
+
+
+def multiply_adds(student: Chain, image_shape: tuple[int, ...]) -> tuple[int, int]:
+    """(quantized, all) multiply-adds of one image of `image_shape` (C, H, W), in convolutions and matrix products.
+
+    Inside modules that are kept whole, what torch's flop counter knows is counted as well.
+    """
+    quantized = total = 0
+    dtype = next(student.parameters()).dtype
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        x = torch.empty(2, *image_shape, dtype=dtype)  # two images: some networks take one for none
+        for unit in student.units:
+            assert isinstance(unit, fx.GraphModule)
+            counter = _Counter(unit)
+            x = counter.run(x)
+            quantized, total = quantized + counter.quantized, total + counter.total
+    return quantized // 2, total // 2

@@ -1,0 +1,133 @@
+"""From a model to a graph, by the first of three ways that reaches all of its weights.
+
+fx        symbolic trace: images of any size
+export    torch.export: what it read of an image's size is fixed
+islands   fx again, with the modules that it cannot follow kept whole, in floating point
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import pairwise
+
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+from lightning_ptq.errors import PTQError
+from lightning_ptq.graph.cuts import Liveness
+from lightning_ptq.graph.export import exported
+from lightning_ptq.graph.trace import TraceError, node_kinds, trace
+from lightning_ptq.layers import is_quantizable
+
+# Modules kept whole one after another before we give up.
+_MOST_ISLANDS = 50
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model's graph.
+
+    Attributes:
+        gm: tensor in, tensor out.
+        image_shape: the only shape (C, H, W) of images that the graph is right for; None if it takes any.
+        islands: modules kept whole because nothing could follow them.
+    """
+
+    gm: fx.GraphModule
+    image_shape: tuple[int, ...] | None = None
+    islands: tuple[str, ...] = ()
+
+
+def capture(model: nn.Module, leaf_modules: Sequence[str] = (), image_shape: Sequence[int] | None = None) -> Captured:
+    """The graph of a copy of `model`.
+
+    Args:
+        model: in eval mode, takes one tensor and returns one tensor.
+        leaf_modules: patterns of qualified module names that stay in floating point.
+        image_shape: (C, H, W) of the images, for models that fx cannot follow; None guesses it from the model.
+
+    Raises:
+        PTQError: what `trace` raises; for code that nothing can follow, what each of the ways said.
+    """
+    traced: fx.GraphModule | None = None
+    failure: TraceError | None = None
+    try:
+        traced = trace(model, leaf_modules)
+    except TraceError as error:
+        failure = error
+    else:
+        if not hides_weights(traced, leaf_modules) and not carries_sizes(traced):
+            return Captured(traced)
+    shape = tuple(image_shape) if image_shape is not None else likely_image_shape(model)
+    try:
+        return Captured(exported(model, shape), shape)
+    except Exception as error:
+        if traced is not None:  # it works, with less in integers or in larger units
+            return Captured(traced)
+        assert failure is not None
+        return with_islands(model, leaf_modules, failure, shape, error)
+
+
+def with_islands(
+    model: nn.Module, leaf_modules: Sequence[str], failure: TraceError, shape: Sequence[int], refusal: Exception
+) -> Captured:
+    """Trace with the innermost module that fx cannot follow kept whole, as often as it takes."""
+    islands: list[str] = []
+    why_not = " ".join(str(refusal).split())[:300]
+    for _ in range(_MOST_ISLANDS):
+        if not failure.path:
+            break
+        islands.append(failure.path[-1])
+        try:
+            gm = trace(model, [*leaf_modules, *islands])
+        except TraceError as error:
+            failure = error
+        else:
+            return Captured(gm, islands=tuple(islands))
+    raise PTQError(
+        f"{failure}\ntorch.export with images of shape {tuple(shape)} cannot follow it either: "
+        f"{type(refusal).__name__}: {why_not}. "
+        "If your images have another shape, give image_shape=(C, H, W)."
+    )
+
+
+def hides_weights(gm: fx.GraphModule, leaf_modules: Sequence[str]) -> bool:
+    """Whether a function or module that fx did not look into computes with weights, unless asked to stay whole."""
+    kinds = node_kinds(gm)
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            module, name = gm.get_submodule(str(node.target)), str(node.target)
+            asked = any(fnmatchcase(name, pattern) for pattern in leaf_modules)
+            whole = kinds[node] == "opaque" or isinstance(module, nn.MultiheadAttention)
+            if whole and not asked and next(module.parameters(), None) is not None:
+                return True
+        elif kinds[node] == "opaque" and any(source.op == "get_attr" for source in node.all_input_nodes):
+            return True
+    return False
+
+
+def carries_sizes(gm: fx.GraphModule) -> bool:
+    """Whether somewhere nothing but sizes of the image, read further on, forbids to cut between two layers."""
+    live = Liveness(gm)
+    called = {i: gm.get_submodule(str(node.target)) for i, node in enumerate(live.nodes) if node.op == "call_module"}
+    layers = [i for i, module in called.items() if is_quantizable(module)]
+    between = [range(layer, following) for layer, following in pairwise(layers)]
+    return any(live.points_but_for_scalars & set(gap) and not live.points & set(gap) for gap in between)
+
+
+def likely_image_shape(model: nn.Module) -> tuple[int, int, int]:
+    """(C, H, W) that a model says it is for; 224 pixels if it says nothing."""
+    layers = (module for module in model.modules() if isinstance(module, _ConvNd))
+    channels = next((layer.in_channels for layer in layers), 3)
+    for owner in (model, getattr(model, "patch_embed", None)):
+        for name in ("image_size", "img_size"):
+            size = getattr(owner, name, None)
+            if isinstance(size, int):
+                return channels, size, size
+            if isinstance(size, tuple | list) and len(size) == 2:
+                return channels, int(size[0]), int(size[1])
+    config = getattr(model, "default_cfg", None)
+    size = config.get("input_size") if isinstance(config, dict) else None
+    return (channels, int(size[-2]), int(size[-1])) if size else (channels, 224, 224)
