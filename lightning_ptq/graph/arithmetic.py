@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_ptq.graph.units import Chain
-from lightning_ptq.layers import is_quantized
+from lightning_ptq.layers import is_quantized, quantized_layers
 from lightning_ptq.quantizers import ActQuantizer
 
 
@@ -46,7 +46,7 @@ def multiply_adds(student: Chain, image_shape: tuple[int, ...]) -> tuple[int, in
     Inside modules that are kept whole, what torch's flop counter knows is counted as well.
     """
     quantized = total = 0
-    dtype = next(student.parameters()).dtype
+    dtype = quantized_layers(student)[0][1].weight.dtype
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         x = torch.empty(2, *image_shape, dtype=dtype)  # two images: some networks take one for none
         for unit in student.units:
