@@ -14,6 +14,7 @@ from lightning_ptq.config import QuantConfig
 from lightning_ptq.errors import PTQError
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.layers import quantized_layers
+from lightning_ptq.losses.base import channels_first
 from lightning_ptq.losses.reconstruction import reconstruction_loss
 from lightning_ptq.metrics import Information, decibels, signal_and_noise
 from lightning_ptq.quantizers import ActQuantizer, act_quantizers, float_mode, initial_ranges, scales_are_finite
@@ -122,10 +123,15 @@ def finish_unit(
     unit, name = cache.student.units[cache.unit], cache.student.names[cache.unit]
     rows = cache.judged
     target = cache.teacher_out[rows]
+    dim = cache.student.channel_dim(cache.unit, target.shape)
+
+    def error(output: Tensor) -> Tensor:
+        return reconstruction_loss(channels_first(output, dim), channels_first(target, dim), importance)
+
     with initial_ranges(unit):
-        before = reconstruction_loss(cache.student_out(rows), target, importance)
+        before = error(cache.student_out(rows))
     out = cache.student_out()
-    after = reconstruction_loss(out[rows], target, importance)
+    after = error(out[rows])
     before, after = mean(torch.stack([before, after])).tolist()
     # Not `after > before`: a NaN must be rejected too.
     accepted = after <= before and scales_are_finite(unit)

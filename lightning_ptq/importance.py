@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_ptq.cache import chunks
 from lightning_ptq.graph.units import Chain
+from lightning_ptq.losses.base import channels_first
 
 # Images of one backward pass, the only one through the whole network: a small batch, since every activation is kept.
 _BATCH = 32
@@ -46,15 +47,15 @@ def channel_importance(
                 z = outputs[-1]
             signs = torch.randint(0, 2, z.shape, generator=generator).mul_(2).sub_(1).to(z)
             gradients = torch.autograd.grad(z, outputs, signs)
-        squares = [_per_channel(gradient) for gradient in gradients]
+        squares = [_per_channel(g, teacher.channel_dim(k, g.shape)) for k, g in enumerate(gradients)]
         sums = squares if not sums else [a + b for a, b in zip(sums, squares, strict=True)]
     total = torch.stack(list(gather(torch.cat(sums)))).sum(0)
     return [_normalised(part) for part in total.split([len(part) for part in sums])]
 
 
-def _per_channel(gradient: Tensor) -> Tensor:
-    """(B, C, ...) -> (C,): sum of squares."""
-    return gradient.detach().float().square().transpose(0, 1).flatten(1).sum(1)
+def _per_channel(gradient: Tensor, dim: int) -> Tensor:
+    """Sum of squares of each channel (C,), where channels are at `dim`."""
+    return channels_first(gradient.detach(), dim).float().square().transpose(0, 1).flatten(1).sum(1)
 
 
 def _normalised(weights: Tensor) -> Tensor:

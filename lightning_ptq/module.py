@@ -365,6 +365,7 @@ class PTQModule(Evaluation):
                 unit=unit,
                 step=step,
                 progress=self.method.rounding_progress(progress),
+                channel_dim=self.student.channel_dim(unit, student_out.shape),
                 importance=self.session.importance_of(unit),
                 inner=list(zip(inner, self._teacher_inner(unit, batch), strict=True)) if inner else (),
                 seed=mixed_seed(self.seed, unit, step, self.global_rank),
@@ -393,9 +394,11 @@ class PTQModule(Evaluation):
         head = len(self.student) - 1
         if self.augment:
             batch = self._augmented(batch, step)
+        student_out = self.student(batch.student_in, stop=head)
         terms: dict[str, Tensor] = self.network_objective(
             UnitBatch(
-                student_out=self.student(batch.student_in, stop=head),
+                student_out=student_out,
+                channel_dim=self.student.channel_dim(head - 1, student_out.shape),
                 teacher_out=batch.teacher_out,
                 teacher_features=batch.features,
                 teacher_side=self.session.opened,
@@ -458,6 +461,7 @@ class PTQModule(Evaluation):
 
     def _checked(self, images: Tensor) -> Tensor:
         """The calibration images, before anything long is done with them."""
+        self.teacher.check_images(images)
         self.augment.check(images)
         return images
 

@@ -22,6 +22,7 @@ def unit_shapes(chain: Chain, image_shape: tuple[int, ...]) -> list[tuple[int, .
     shapes = [tuple(image_shape)]
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         x = torch.empty(1, *image_shape)
+        chain.check_images(x)
         for name, unit in zip(chain.names, chain.units, strict=True):
             try:
                 x = unit(x)

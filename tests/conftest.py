@@ -15,6 +15,11 @@ torch.set_num_threads(1)  # the tests' tensors are small: more threads only wait
 WriteImage = Callable[..., Path]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that fork come first: after torch.export or fake tensors and a backward pass, autograd refuses a fork."""
+    items.sort(key=lambda item: item.get_closest_marker("forks") is None)
+
+
 @pytest.fixture(autouse=True)
 def _no_global_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """`seed_everything` leaves its seed in the environment, where the next test's draw would find it."""

@@ -14,6 +14,7 @@ from lightning_ptq.quantizers import act_quantizers, weight_quantizers
 from tests.helpers import assert_equal_states, quantization_state, tiny_data, tiny_module, trainer
 
 pytestmark = [
+    pytest.mark.forks,
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
     # Of torch's own process group and of Lightning's advice on spawned or forked processes.

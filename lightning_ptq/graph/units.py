@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 
 from lightning_ptq.errors import PTQError
 from lightning_ptq.graph.taps import Tap
@@ -38,22 +39,39 @@ class Chain(nn.Module):
         self.names = tuple(names)
 
     def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Run `units[start:stop]`.
-
-        Raises:
-            PTQError: images of another shape than the network was captured for.
-        """
-        if start == 0 and self.image_shape is not None and x.shape[1:] != self.image_shape:
-            raise PTQError(
-                f"images have shape {tuple(x.shape[1:])}, but the network was captured by torch.export for "
-                f"{self.image_shape}. Give image_shape={tuple(x.shape[1:])}, or images of that shape."
-            )
+        """Run `units[start:stop]`."""
+        if start == 0:
+            self.check_images(x)
         for unit in self.units[start:stop]:
             x = unit(x)
         return x
 
     def __len__(self) -> int:
         return len(self.units)
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise `PTQError` for images (N, C, H, W) of another shape than the network was captured for."""
+        shape = tuple(images.shape[1:])
+        if self.image_shape is not None and shape != self.image_shape:
+            raise PTQError(
+                f"images have shape {shape}, but the network was captured by torch.export for {self.image_shape}. "
+                f"Give image_shape={shape}, or images of that shape."
+            )
+
+    def channel_dim(self, unit: int, shape: Sequence[int]) -> int:
+        """Which dimension of a unit's output, of `shape` (B, ...), is that of channels: 1, or the last one (-1).
+
+        The one that is as long as its last layer has outputs; where that does not tell, the one that the layer writes.
+        """
+        graph = self.units[unit]
+        assert isinstance(graph, fx.GraphModule)
+        called = (graph.get_submodule(str(n.target)) for n in reversed(graph.graph.nodes) if n.op == "call_module")
+        last = next((module for module in called if isinstance(module, nn.Linear | _ConvNd)), None)
+        if len(shape) < 3 or last is None:
+            return 1
+        outputs = last.out_features if isinstance(last, nn.Linear) else last.out_channels
+        fits = [dim for dim in (1, -1) if shape[dim] == outputs]
+        return fits[0] if len(fits) == 1 else (-1 if isinstance(last, nn.Linear) else 1)
 
     def laid_out(self, images: Tensor, device: torch.device) -> Tensor:
         """`images` (N, C, H, W) in the layout in which this network is fastest on `device`: on CPUs channels last."""

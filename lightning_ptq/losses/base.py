@@ -50,6 +50,7 @@ class UnitBatch:
 
     Attributes:
         student_out, teacher_out: the unit's outputs, same shape (B, ...).
+        channel_dim: which dimension of the output is that of channels.
         importance: weight of every channel of the output (C,), or None where all count alike.
         inner: (student, teacher) values where each layer but the last ends, if calibration is layer-wise inside the
             unit; student gradients do not cross from one layer to another.
@@ -77,6 +78,7 @@ class UnitBatch:
     step: int
     progress: float
     roundings: Sequence[Tensor] = ()
+    channel_dim: int = 1
     importance: Tensor | None = None
     inner: Sequence[tuple[Tensor, Tensor]] = ()
     changed: bool = False
@@ -87,6 +89,11 @@ class UnitBatch:
     def clean_out(self) -> Tensor:
         """The unit's output (B, ...) without drop and mixed input."""
         return self.student_out if self.clean is None else self.clean()
+
+
+def channels_first(x: Tensor, dim: int) -> Tensor:
+    """A view (B, C, ...) of `x`, whose channels are at `dim`."""
+    return x if dim == 1 else x.movedim(dim, 1)
 
 
 class Term(nn.Module):

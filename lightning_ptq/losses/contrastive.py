@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_ptq.config import check_option
 from lightning_ptq.errors import PTQError
-from lightning_ptq.losses.base import Tail, Term, UnitBatch
+from lightning_ptq.losses.base import Tail, Term, UnitBatch, channels_first
 from lightning_ptq.losses.critic import (
     Collisions,
     FeatureMap,
@@ -183,14 +183,14 @@ class Contrastive(Term):
     def _positions(self, batch: UnitBatch) -> tuple[Tensor, _Teacher, Tensor]:
         """The same with one row for each of so many positions, drawn anew at each step among those of all images."""
         first = slice(self.config.images)
-        student, teacher = (at_positions(x[first]) for x in (batch.student_out, batch.teacher_out))
+        outputs = (channels_first(x[first], batch.channel_dim) for x in (batch.student_out, batch.teacher_out))
+        student, teacher = (at_positions(x) for x in outputs)
         generator = torch.Generator().manual_seed(batch.seed)
         drawn = torch.randperm(len(student), generator=generator)[: self.config.positions]
         drawn = drawn.to(student.device, non_blocking=True)
         image = drawn // (len(student) // len(batch.student_out[first]))
         features = rows_of_all(teacher[drawn].float())
-        outputs = rows_of_all(pooled(batch.teacher_features.float())[image])
-        side = self._side(features, outputs)
+        side = self._side(features, rows_of_all(pooled(batch.teacher_features.float())[image]))
         return student[drawn].float() - side.mean, side, _place(drawn)
 
     def _side(self, features: Tensor, outputs: Tensor, offset: int = 0) -> _Teacher:

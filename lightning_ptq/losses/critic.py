@@ -24,12 +24,7 @@ def pooled(x: Tensor) -> Tensor:
 
 
 def at_positions(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B * H * W, C): every position of every image is a row, those of one image together.
-
-    Of tokens (B, L, D) each is a row: (B * L, D); (B, D) stays.
-    """
-    if x.dim() == 3:
-        return x.flatten(0, 1)
+    """(B, C, ...) -> (B * positions, C): every position of every image is a row, those of one image together."""
     return x.flatten(2).transpose(1, 2).flatten(0, 1) if x.dim() > 2 else x
 
 

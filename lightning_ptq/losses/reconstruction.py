@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from lightning_ptq.functional import dot
-from lightning_ptq.losses.base import Term, UnitBatch
+from lightning_ptq.losses.base import Term, UnitBatch, channels_first
 
 
 def reconstruction_loss(student: Tensor, teacher: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -48,7 +48,8 @@ class Reconstruction(Term):
     """`reconstruction_loss` of the unit's output and, where calibration is layer-wise, of every inner layer's."""
 
     def forward(self, batch: UnitBatch) -> Tensor:
-        loss = reconstruction_loss(batch.student_out, batch.teacher_out, batch.importance)
+        student, teacher = (channels_first(x, batch.channel_dim) for x in (batch.student_out, batch.teacher_out))
+        loss = reconstruction_loss(student, teacher, batch.importance)
         for student, teacher in batch.inner:
             loss = loss + reconstruction_loss(student, teacher)
         return loss

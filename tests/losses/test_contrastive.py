@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from lightning_ptq.losses import Contrastive, ContrastiveConfig, Tail, UnitBatch
+from lightning_ptq.losses.base import channels_first
 from lightning_ptq.losses.contrastive import ContrastiveLoss
 from lightning_ptq.losses.critic import at_positions, cosine, find_negatives, projected
 from lightning_ptq.losses.infonce import infonce_loss
@@ -194,6 +195,7 @@ def one_of_two(rank: int, store: str, out: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.forks
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_two_processes_equal_one_with_both_batches(tmp_path: Path) -> None:
     arguments = (str(tmp_path / "store"), str(tmp_path / "out"))
@@ -262,10 +264,9 @@ def test_behind_the_whole_tail_changed_images_are_compared_with_the_teacher_s_ou
 
 
 def test_tokens_are_positions() -> None:
-    tokens = torch.randn(2, 5, 3)
-    image = tokens.transpose(1, 2)[..., None]  # (B, C, H, W)
-    assert torch.equal(at_positions(tokens), at_positions(image))
-    assert torch.equal(at_positions(tokens)[7], tokens[1, 2])
+    tokens = channels_first(torch.randn(2, 5, 3), -1)  # (B, C, L)
+    assert torch.equal(at_positions(tokens), at_positions(tokens[..., None]))
+    assert torch.equal(at_positions(tokens)[7], tokens[1, :, 2])
 
 
 @pytest.mark.parametrize("negatives", ["batch", "bank"])

@@ -1,0 +1,110 @@
+"""A transformer, and a network with a dense output, go through the whole of it like any other network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models import VisionTransformer
+
+from lightning_ptq import CalibrationDataModule, PTQError, PTQModule, QuantConfig
+from lightning_ptq.importance import channel_importance
+from tests.helpers import assert_equal_states, quantization_state, tiny_images, trainer
+
+
+def vit() -> VisionTransformer:
+    """Two encoder blocks of width 16, on 3x8x8 images, 5 classes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = VisionTransformer(8, 4, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=5)
+        nn.init.normal_(model.heads.head.weight)
+        return model.eval()
+
+
+def module_of(model: nn.Module, **changes: Any) -> PTQModule:
+    settings: dict[str, Any] = {"steps_per_unit": 40, "batch_size": 8, "seed": 3, "image_shape": (3, 8, 8)}
+    return PTQModule(model, QuantConfig(weight_bits=3, act_bits=4), **(settings | changes))
+
+
+def data_of(model: nn.Module, pick: Any = lambda y: y) -> CalibrationDataModule:
+    images = tiny_images(30, seed=2)
+    with torch.no_grad():
+        labels = pick(model(images)).argmax(1)
+    loader = DataLoader(TensorDataset(images, labels), batch_size=15)
+    return CalibrationDataModule.from_loaders(tiny_images(40).split(20), loader, calibration_samples=40)
+
+
+@pytest.mark.parametrize("contrastive", [False, True])
+def test_a_transformer_is_calibrated_block_by_block(tmp_path: Path, contrastive: bool) -> None:
+    model = vit()
+    module = module_of(model, contrastive=contrastive)
+    assert module.student.names == ("conv_proj", *(f"encoder.layers.encoder_layer_{i}" for i in range(2)), "heads")
+    trainer(tmp_path).fit(module, datamodule=data_of(model))
+    blocks = module.reports[1:3]
+    assert all(report.accepted and report.mse_after < report.mse_before for report in blocks)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["teacher_top1"] == 100.0
+    assert summary["student_top1"] > 60  # 20 is chance
+
+
+def test_a_transformer_resumes_bit_equal(tmp_path: Path) -> None:
+    whole = module_of(vit(), steps_per_unit=6)
+    trainer(tmp_path / "whole").fit(whole, datamodule=data_of(vit()))
+    stopped = module_of(vit(), steps_per_unit=6)
+    first = trainer(tmp_path / "stopped", max_steps=8)
+    first.fit(stopped, datamodule=data_of(vit()))
+    resumed = module_of(vit(), steps_per_unit=6)
+    path = tmp_path / "stopped" / "middle.ckpt"
+    first.save_checkpoint(path)
+    trainer(tmp_path / "stopped").fit(resumed, datamodule=data_of(vit()), ckpt_path=path)
+    assert_equal_states(quantization_state(whole), quantization_state(resumed))
+
+
+def test_channels_of_tokens_are_the_last_dimension() -> None:
+    module = module_of(vit())
+    shapes = [(2, 16, 2, 2), (2, 5, 16), (2, 5, 16), (2, 5)]
+    x, found = tiny_images(2), []
+    with torch.no_grad():
+        for k, unit in enumerate(module.student.units):
+            x = unit(x)
+            assert len(x.shape) == len(shapes[k]) or k == 0
+            found.append(module.student.channel_dim(k, x.shape))
+    assert found[1:] == [-1, -1, 1]
+    weights = channel_importance(module.teacher, tiny_images(8), torch.device("cpu"), lambda x: x[None])
+    assert [len(w) for w in weights[1:]] == [16, 16, 5]
+
+
+class Dense(nn.Module):
+    """A prediction for every pixel, in a dict as torchvision's segmentation networks give it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.head(torch.relu(self.stem(x)))
+        return {"out": nn.functional.interpolate(y, x.shape[-2:], mode="bilinear")}
+
+
+def test_a_dense_output_is_calibrated_and_judged_pixel_by_pixel(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Dense().eval()
+    module = module_of(model)
+    trainer(tmp_path).fit(module, datamodule=data_of(model, lambda y: y["out"]))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert module(tiny_images(2)).shape == (2, 5, 8, 8)
+    assert summary["teacher_top1"] == 100.0
+    assert 50 < summary["student_top1"] <= 100
+
+
+def test_images_of_another_size_than_was_captured_are_refused_before_anything_long(tmp_path: Path) -> None:
+    module = module_of(vit())
+    images = torch.randn(40, 3, 12, 12)
+    data = CalibrationDataModule.from_loaders(images.split(20), calibration_samples=40)
+    with pytest.raises(PTQError, match=r"images have shape \(3, 12, 12\).*captured.*\(3, 8, 8\)"):
+        trainer(tmp_path).fit(module, datamodule=data)
