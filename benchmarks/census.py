@@ -1,114 +1,48 @@
 """Which vision models go in as they are: `python -m benchmarks.census --out benchmarks/census.csv`.
 
-Every classification model of torchvision and one small model of each family of timm, untrained, each in a process of its
-own: built, captured, folded, quantized, cut; the first unit calibrated for a step; evaluated rounded to nearest. A row is
-added for each model that the CSV lacks, and the table is printed.
+Every classification model of torchvision and one small model of each family of timm, untrained, each in a process of
+its own: built, captured, folded, quantized, cut; the first unit calibrated for a step; evaluated rounded to nearest. A
+row is added for each model that the CSV lacks, and the table is printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from lightning_ptq.graph.trace import words
+
 COLUMNS = ("model", "passed", "way", "units", "layers", "products", "share", "gmacs", "error", "seconds", "reason")
-# One of each family, the smallest that says something about it.
-TIMM = [
-    "beit_base_patch16_224",
-    "botnet26t_256",
-    "gcresnet33ts",
-    "cait_xxs24_224",
-    "coat_tiny",
-    "convit_tiny",
-    "convmixer_768_32",
-    "convnext_atto",
-    "crossvit_tiny_240",
-    "cspresnet50",
-    "davit_tiny",
-    "deit_tiny_patch16_224",
-    "densenet121",
-    "dla34",
-    "dpn48b",
-    "edgenext_xx_small",
-    "efficientformer_l1",
-    "efficientformerv2_s0",
-    "efficientnet_b0",
-    "efficientvit_b0",
-    "efficientvit_m0",
-    "eva02_tiny_patch14_224",
-    "fasternet_t0",
-    "fastvit_t8",
-    "focalnet_tiny_srf",
-    "gcvit_xxtiny",
-    "ghostnet_050",
-    "hardcorenas_a",
-    "hgnetv2_b0",
-    "hiera_tiny_224",
-    "hrnet_w18_small",
-    "inception_next_atto",
-    "inception_v4",
-    "lcnetv2_small",
-    "levit_128s",
-    "mambaout_femto",
-    "coatnet_0_rw_224",
-    "maxvit_rmlp_pico_rw_256",
-    "caformer_s18",
-    "poolformer_s12",
-    "mixer_s32_224",
-    "mobilenetv3_small_050",
-    "mobilenetv4_conv_small",
-    "mobilevit_xxs",
-    "mobilevitv2_050",
-    "mvitv2_tiny",
-    "nest_tiny",
-    "nextvit_small",
-    "nf_resnet50",
-    "pit_ti_224",
-    "pvt_v2_b0",
-    "rdnet_tiny",
-    "regnetx_002",
-    "repghostnet_050",
-    "repvit_m0_9",
-    "res2net50_26w_4s",
-    "resnest14d",
-    "resnet18",
-    "resnetv2_50",
-    "rexnet_100",
-    "selecsls42b",
-    "legacy_seresnet18",
-    "sequencer2d_s",
-    "shvit_s1",
-    "skresnet18",
-    "starnet_s1",
-    "swiftformer_xs",
-    "swin_tiny_patch4_window7_224",
-    "swinv2_tiny_window8_256",
-    "swinv2_cr_tiny_224",
-    "tiny_vit_5m_224",
-    "tnt_s_patch16_224",
-    "tresnet_m",
-    "twins_svt_small",
-    "visformer_tiny",
-    "vit_tiny_patch16_224",
-    "vit_small_r26_s32_224",
-    "vit_relpos_small_patch16_224",
-    "vitamin_small_224",
-    "volo_d1_224",
-    "ese_vovnet19b_dw",
-    "xception41",
-    "xcit_nano_12_p16_224",
-]
+# One of each family, a small one that says something about it.
+TIMM = words(
+    "beit_base_patch16_224 botnet26t_256 gcresnet33ts cait_xxs24_224 coat_tiny convit_tiny convmixer_768_32 "
+    "convnext_atto crossvit_tiny_240 cspresnet50 davit_tiny deit_tiny_patch16_224 densenet121 dla34 dpn48b "
+    "edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientnet_b0 efficientvit_b0 efficientvit_m0 "
+    "eva02_tiny_patch14_224 fasternet_t0 fastvit_t8 focalnet_tiny_srf gcvit_xxtiny ghostnet_050 hardcorenas_a "
+    "hgnetv2_b0 hiera_tiny_224 hrnet_w18_small inception_next_atto inception_v4 lcnetv2_small levit_128s "
+    "mambaout_femto coatnet_0_rw_224 maxvit_rmlp_pico_rw_256 caformer_s18 poolformer_s12 mixer_s32_224 "
+    "mobilenetv3_small_050 mobilenetv4_conv_small mobilevit_xxs mobilevitv2_050 mvitv2_tiny nest_tiny nextvit_small "
+    "nf_resnet50 pit_ti_224 pvt_v2_b0 rdnet_tiny regnetx_002 repghostnet_050 repvit_m0_9 res2net50_26w_4s resnest14d "
+    "resnet18 resnetv2_50 rexnet_100 selecsls42b legacy_seresnet18 sequencer2d_s shvit_s1 skresnet18 starnet_s1 "
+    "swiftformer_xs swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 swinv2_cr_tiny_224 tiny_vit_5m_224 "
+    "tnt_s_patch16_224 tresnet_m twins_svt_small visformer_tiny vit_tiny_patch16_224 vit_small_r26_s32_224 "
+    "vit_relpos_small_patch16_224 vitamin_small_224 volo_d1_224 ese_vovnet19b_dw xception41 xcit_nano_12_p16_224"
+)
+WIDTHS = dict(zip(COLUMNS, (42, 6, 8, 6, 7, 8, 7, 8, 8, 8, 1), strict=True))
 
 
 def names() -> list[str]:
     """Every model's name; those of timm begin with "timm:"."""
     import torchvision
 
-    return [*torchvision.models.list_models(module=torchvision.models), *(f"timm:{name}" for name in TIMM)]
+    return [*torchvision.models.list_models(module=torchvision.models), *(f"timm:{name}" for name in sorted(TIMM))]
 
 
 def random_model(name: str) -> Any:
@@ -153,15 +87,16 @@ def go(name: str) -> dict[str, Any]:
     module = ptq.PTQModule(model, method="adaround", granularity="block", steps_per_unit=1, batch_size=2, seed=0)
     del model
     error = float((module.teacher(images) - expected).abs().max() / (expected[0] - expected[1]).abs().max())
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, datamodule=ptq.CalibrationDataModule.from_loaders([images], calibration_samples=4))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            logger=False,
+            default_root_dir=folder,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, datamodule=ptq.CalibrationDataModule.from_loaders([images], calibration_samples=4))
     with torch.no_grad(), initial_ranges(module.student):
         nearest = module(images)
     if not bool(nearest.isfinite().all()) or nearest.shape != expected.shape:
@@ -184,8 +119,6 @@ def go(name: str) -> dict[str, Any]:
 
 def in_process(name: str, limit: float) -> dict[str, Any]:
     """The same in a process of its own; what it died of, if it did."""
-    import json
-
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.census", "--one", name]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
@@ -205,17 +138,14 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        import json
-
-        print(json.dumps(go(args.one)))
+            print(json.dumps(go(args.one)))
         return
     rows = list(csv.DictReader(args.out.open())) if args.out.exists() else []
     for name in args.models or names():
         if name in {row["model"] for row in rows}:
             continue
-        row = (
-            dict.fromkeys(COLUMNS, "") | {"model": name} | {k: str(v) for k, v in in_process(name, args.limit).items()}
-        )
+        found = in_process(name, args.limit)
+        row = {"model": name} | {column: str(found.get(column, "")) for column in COLUMNS[1:]}
         rows.append(row)
         with args.out.open("a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
@@ -223,17 +153,12 @@ def main() -> None:
                 writer.writeheader()
             writer.writerow(row)
     for row in rows:
-        print(
-            "  ".join(
-                f"{row[column]:<{width}}"
-                for column, width in zip(COLUMNS, (42, 6, 8, 6, 7, 8, 7, 8, 8, 8, 1), strict=True)
-            )
-        )
-    for source, of in (("torchvision", lambda n: not n.startswith("timm:")), ("timm", lambda n: n.startswith("timm:"))):
-        found = [row for row in rows if of(row["model"])]
-        passed = [row for row in found if row["passed"] == "True"]
+        print("  ".join(f"{row[column]:<{width}}" for column, width in WIDTHS.items()))
+    for source in ("torchvision", "timm"):
+        found_here = [row for row in rows if row["model"].startswith("timm:") == (source == "timm")]
+        passed = [row for row in found_here if row["passed"] == "True"]
         least = min((float(row["share"]) for row in passed), default=0.0)
-        print(f"{source}: {len(passed)} of {len(found)} pass; least quantized share of multiply-adds {least} %")
+        print(f"{source}: {len(passed)} of {len(found_here)} pass; at least {least} % of multiply-adds quantized")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Small vision transformers, trained here on real images, then quantized: `python -m benchmarks.vit --seeds 0 1 2`.
 
-torchvision's own class. "digits": 4 layers of width 64, trained on the 1000 images of the demo's training part, judged on
-the other 797. "cifar10" (`--data cifar10 --root FOLDER`): 6 layers of width 96, trained on the 2050 images of `calib/` with
-the predictions of the shared ResNet-20 as targets, judged on `val/`. Calibration sees the training images without labels.
+torchvision's own class. "digits": 4 layers of width 64, trained on the 1000 images of the demo's training part, judged
+on the other 797. "cifar10" (`--data cifar10 --root FOLDER`): 6 layers of width 96, trained on the 2050 images of
+`calib/` with the predictions of the shared ResNet-20 as targets, judged on `val/`. Calibration sees the training images
+without labels.
 """
 
 from __future__ import annotations
