@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-            print(json.dumps(go(args.one)))
+        print(json.dumps(go(args.one)))
         return
     rows = list(csv.DictReader(args.out.open())) if args.out.exists() else []
     for name in args.models or names():
