@@ -40,16 +40,20 @@ GRIDS: dict[str, Grid] = {
     # As its paper has it: unit by unit, without the whole-network epoch, corrections of weights and an end of the drop.
     "paper": {"bits": BITS, "network_steps": [0], "options": [{"corrections": False, "drop_until": 1.0}]},
     "methods": {"bits": ["w2a4"], "method": ["nearest", "adaround", "brecq", "qdrop"]},
-    "steps": {"steps": [100, 250, 500, 1000, 2000]},
+    "steps": {"steps": [100, 250, 500, 1000, 2000], "contrastive": [False, True]},
     "contrastive": {"bits": BITS, "method": BASES, "contrastive": [False, True], "samples": [1024, 128]},
     "sizes": {"samples": [64, 128, 256, 1024], "contrastive": [False, True]},
+    # Nothing but the term: so large a weight leaves the reconstruction no say.
+    "alone": {"contrastive": [True], "critic": [{"rho": 1000.0}]},
+    "depthwise": {"model": ["mobilenetv2"], "bits": ["w4a4"], "contrastive": [False, True]},
     "best": {
         "bits": BITS,
-        "contrastive": [True],
+        "contrastive": [False, True],
         "network_steps": [1500],
         "options": [{"augment": {"flip": True, "shift": 2}}],
     },
     "time": {"contrastive": [False, True]},
+    "times": {"steps": [100, 250, 500, 1000], "contrastive": [False, True]},
 }
 DEFAULTS: dict[str, Any] = {
     "model": "resnet20",

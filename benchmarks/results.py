@@ -86,10 +86,36 @@ def gain_table(runs: Runs) -> list[str]:
     return table([*head, "gain", "gain in agreement", "n"], sorted(lines))
 
 
+def pooled_table(runs: Runs) -> list[str]:
+    """The gain of the default term over all bases together, for each number of bits and images.
+
+    Bases share a seed's images, so that their gains are averaged first; the error is that of the mean over seeds.
+    """
+    gains: dict[tuple[str, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    bases: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    for row in runs.values():
+        base = row | {"contrastive": "False"}
+        if row["contrastive"] == "True" and (row["critic"], row["options"]) == ("{}", "{}") and key(base) in runs:
+            point = tuple(row[name] for name in ("model", "bits", "samples", "steps", "network_steps"))
+            gains[point][row["seed"]].append(float(row["student_top1"]) - float(runs[key(base)]["student_top1"]))
+            bases[point].add(row["method"])
+    lines = [
+        [
+            *point,
+            ", ".join(sorted(bases[point])),
+            gain([(0.0, mean(found)) for found in seeds.values()]),
+            str(len(seeds)),
+        ]
+        for point, seeds in gains.items()
+        if len(bases[point]) > 1
+    ]
+    return table(["model", "bits", "images", "steps", "last epoch", "bases", "gain", "seeds"], sorted(lines))
+
+
 def time_table(runs: Runs) -> list[str]:
     """Wall times of runs that had the machine for themselves."""
     lines = []
-    for point in points(GRIDS["time"]):
+    for point in points(GRIDS["times"]):
         rows = [row for row in seeds_of(runs, point).values() if row["jobs"] == "1"]
         if rows:
             ratios = [
@@ -143,7 +169,36 @@ def plot(runs: Runs, grid: str, x: str, label: str, path: Path, log: bool) -> bo
     return drawn
 
 
-# Grid, setting on the x axis, its label, file, logarithmic or not. Not against seconds: rows share the machine.
+def plot_times(runs: Runs, timed: Runs, path: Path) -> bool:
+    """Accuracy against wall time at each number of steps: times are of `timed`, since `runs` share the machine."""
+    figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    for contrastive in (False, True):
+        curve = []
+        for point in points(GRIDS["times"] | {"contrastive": [contrastive]}):
+            rows = list(seeds_of(runs, point).values())
+            clocks = [row for row in seeds_of(timed, point).values() if row["jobs"] == "1"]
+            if rows and clocks:
+                tops = column(rows, "student_top1")
+                error = stdev(tops) if len(tops) > 1 else 0.0
+                curve.append((median(column(clocks, "wall")), mean(tops), error, point["steps"]))
+        if len(curve) > 1:
+            seconds, tops, errors, steps = zip(*curve, strict=True)
+            name = "qdrop + contrastive" if contrastive else "qdrop"
+            axes.errorbar(seconds, tops, errors, marker="o", capsize=3, label=name)
+            for x, y, count in zip(seconds, tops, steps, strict=True):
+                axes.annotate(str(count), (x, y), textcoords="offset points", xytext=(4, -10), fontsize=7)
+    drawn = axes.has_data()
+    axes.set(xlabel="wall time from start to end of Python, s (numbers: steps per unit)", ylabel="top-1, %")
+    axes.grid(alpha=0.3)
+    if drawn:
+        axes.legend()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return drawn
+
+
+# Grid, setting on the x axis, its label, file, logarithmic or not.
 PLOTS: list[tuple[str, str, str, str, bool]] = [
     ("steps", "steps", "steps per unit", "steps", True),
     ("sizes", "samples", "calibration images", "images", True),
@@ -168,9 +223,13 @@ def document(runs: Runs, timed: Runs, folder: Path) -> str:
         ("Bits, default settings", grid_table(runs, "bits", ["bits", "method", "network_steps"])),
         ("Bits, as the paper has it: no corrections, no last epoch", grid_table(runs, "paper", ["bits", "method"])),
         ("Methods, default settings", grid_table(runs, "methods", ["bits", "method"])),
-        ("Best preset: contrastive, a last epoch of 1500 steps on changed images", grid_table(runs, "best", ["bits"])),
-        ("Steps per unit", grid_table(runs, "steps", ["bits", "steps", "network_steps"])),
+        (
+            "Best preset: a last epoch of 1500 steps on changed images",
+            grid_table(runs, "best", ["bits", "contrastive"]),
+        ),
+        ("Steps per unit", grid_table(runs, "steps", ["bits", "steps", "network_steps", "contrastive"])),
         ("The contrastive term", gain_table(runs)),
+        ("The contrastive term, all bases together", pooled_table(runs)),
         ("Calibration images", grid_table(runs, "sizes", ["bits", "samples", "contrastive"])),
         ("Time and memory", time_table(timed)),
     ]
@@ -180,6 +239,8 @@ def document(runs: Runs, timed: Runs, folder: Path) -> str:
     for grid, x, label, name, log in PLOTS:
         if plot(runs, grid, x, label, folder / "img" / f"{name}.png", log):
             lines += ["", f"![top-1 against {label}](img/{name}.png)"]
+    if plot_times(runs, timed, folder / "img" / "time.png"):
+        lines += ["", "![top-1 against wall time](img/time.png)"]
     return "\n".join([*lines, ""])
 
 
