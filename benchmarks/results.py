@@ -99,16 +99,11 @@ def pooled_table(runs: Runs) -> list[str]:
             point = tuple(row[name] for name in ("model", "bits", "samples", "steps", "network_steps"))
             gains[point][row["seed"]].append(float(row["student_top1"]) - float(runs[key(base)]["student_top1"]))
             bases[point].add(row["method"])
-    lines = [
-        [
-            *point,
-            ", ".join(sorted(bases[point])),
-            gain([(0.0, mean(found)) for found in seeds.values()]),
-            str(len(seeds)),
-        ]
-        for point, seeds in gains.items()
-        if len(bases[point]) > 1
-    ]
+    lines = []
+    for point, seeds in gains.items():
+        if len(bases[point]) > 1:
+            averaged = gain([(0.0, mean(found)) for found in seeds.values()])
+            lines.append([*point, ", ".join(sorted(bases[point])), averaged, str(len(seeds))])
     return table(["model", "bits", "images", "steps", "last epoch", "bases", "gain", "seeds"], sorted(lines))
 
 
