@@ -10,6 +10,7 @@ from lightning_ptq.errors import PTQError
 
 RangeName = Literal["minmax", "mse", "percentile"]
 EdgePolicy = Literal["8bit", "same"]
+NormScaling = Literal["ranges", "smooth", "none"]
 Granularity = Literal["layer", "block", "stage", "net"]
 
 WEIGHT_BITS = range(2, 9)
@@ -40,6 +41,8 @@ class QuantConfig:
         edges: "8bit" keeps the weights of the first and last layer, the network's input and the last
             layer's input at 8 bits (the convention of BRECQ, QDrop and PD-Quant); "same" does not.
         placement: "paper" puts one quantizer on every tensor that a quantizable layer reads.
+        norms: how the channels of a layer norm's output, where linear layers alone read it, are brought together before
+            they share one scale: to one range ("ranges"), halfway ("smooth") or not ("none"); see `equalize.py`.
         overrides: layer-name pattern -> {"weight_bits": b, "act_bits": b}; the last match wins, and wins over
             `edges`. `act_bits` is the width of the activation that the layer reads.
 
@@ -56,6 +59,7 @@ class QuantConfig:
     act_range: RangeName = "mse"
     edges: EdgePolicy = "8bit"
     placement: Literal["paper"] = "paper"
+    norms: NormScaling = "ranges"
     overrides: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -66,6 +70,7 @@ class QuantConfig:
         check_option(self.act_range, get_args(RangeName), "act_range")
         check_option(self.edges, get_args(EdgePolicy), "edges")
         check_option(self.placement, ("paper",), "placement")
+        check_option(self.norms, get_args(NormScaling), "norms")
         for pattern, bits in self.overrides.items():
             for key, value in bits.items():
                 check_option(key, ("weight_bits", "act_bits"), f"overrides[{pattern!r}]")

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_ptq.cache import UnitCache, fits_on_device
 from lightning_ptq.calibration import RANGE_IMAGES, UnitReport, estimate_ranges, finish_unit
 from lightning_ptq.config import QuantConfig
+from lightning_ptq.equalize import equalize_norms
 from lightning_ptq.errors import PTQError
 from lightning_ptq.fingerprint import data_digest
 from lightning_ptq.graph import Chain
@@ -224,6 +225,7 @@ class Session:
         share = min(-(-RANGE_IMAGES // world.size), len(images) - held_out)
         if not all(q.enabled for q in weight_quantizers(self.student)):
             start = time.monotonic()
+            equalize_norms(self.student, images[:share], data.config.norms, world.device, world.gather)
             estimate_ranges(self.student, images[:share], data.config, world.device, world.gather)
             self.wall_seconds["ranges"] += time.monotonic() - start
         if data.weighting == "fisher":

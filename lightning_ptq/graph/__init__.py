@@ -15,6 +15,7 @@ from lightning_ptq.graph.constants import fold_constants
 from lightning_ptq.graph.cuts import computed, find_cuts, find_taps, slices
 from lightning_ptq.graph.fold import fold_batch_norm, normalise
 from lightning_ptq.graph.modularise import modularise
+from lightning_ptq.graph.norms import find_norms
 from lightning_ptq.graph.placement import FloatOp, Placement, float_ops, place_quantizers
 from lightning_ptq.graph.trace import any_layout_will_do
 from lightning_ptq.graph.units import Chain, build_unit, unit_names
@@ -89,6 +90,7 @@ def build_chain(
     modularise(gm, leaf_modules)
     fold_batch_norm(gm)
     placement = place_quantizers(gm, config)
+    norms = find_norms(placement)
     gm.requires_grad_(False)
     nodes = list(slices(computed(gm.graph), find_cuts(placement, granularity)))
     layers = plan_layers(placement, nodes)
@@ -107,7 +109,7 @@ def build_chain(
     any_layout = any_layout_will_do(gm)
     return ChainPair(
         Chain(teacher, names, any_layout, captured.image_shape).eval(),
-        Chain(student, names, any_layout, captured.image_shape).eval(),
+        Chain(student, names, any_layout, captured.image_shape, norms).eval(),
         layers,
         tuple(placement.products.values()),
         float_ops(placement),

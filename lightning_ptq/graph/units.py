@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_ptq.errors import PTQError
+from lightning_ptq.graph.norms import NormGroup
 from lightning_ptq.graph.taps import Tap
 from lightning_ptq.graph.trace import op_name
 
@@ -22,6 +23,7 @@ class Chain(nn.Module):
         names: one unique, readable name for each unit.
         any_layout: whether no unit minds how its input is laid out in memory.
         image_shape: the only (C, H, W) of images that it takes; None if it takes any.
+        norms: layer norms whose channels can be brought to one range.
 
     Shape: input of unit `start` -> output of unit `stop - 1`.
     """
@@ -32,9 +34,10 @@ class Chain(nn.Module):
         names: Sequence[str],
         any_layout: bool = False,
         image_shape: tuple[int, ...] | None = None,
+        norms: tuple[NormGroup, ...] = (),
     ) -> None:
         super().__init__()
-        self.any_layout, self.image_shape = any_layout, image_shape
+        self.any_layout, self.image_shape, self.norms = any_layout, image_shape, norms
         self.units = nn.ModuleList(units)
         self.names = tuple(names)
 
@@ -48,6 +51,11 @@ class Chain(nn.Module):
 
     def __len__(self) -> int:
         return len(self.units)
+
+    def find(self, name: str) -> nn.Module:
+        """The module that the original network calls `name`."""
+        found: nn.Module = next(m for unit in self.units for known, m in unit.named_modules() if known == name)
+        return found
 
     def check_images(self, images: Tensor) -> None:
         """Raise `PTQError` for images (N, C, H, W) of another shape than the network was captured for."""

@@ -1,0 +1,109 @@
+"""Bringing channels together changes no number, makes ranges equal, and survives a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_ptq import PTQError, QuantConfig
+from lightning_ptq.equalize import equalize_norms, factors
+from lightning_ptq.graph import build_chain
+
+CPU = torch.device("cpu")
+
+
+class Net(nn.Module):
+    """Norms that linear layers alone read, one behind a transpose, one without biases; and two that others read too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 2, 2)
+        self.norm1, self.q, self.k = nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, 6, bias=False)
+        self.norm2, self.fc = nn.LayerNorm(6, bias=False), nn.Linear(6, 6, bias=False)
+        self.norm3, self.fc3 = nn.LayerNorm(6), nn.Linear(6, 6)
+        self.plain, self.head = nn.LayerNorm(6, elementwise_affine=False), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).permute(0, 2, 1)  # (N, 16, 6)
+        y = self.norm1(x).transpose(0, 1)
+        x = x + (self.q(y) * self.k(y)).transpose(0, 1)
+        x = x + self.fc(self.norm2(x).reshape(-1, 6)).view(-1, 16, 6)
+        y = self.norm3(x)
+        return self.head(self.plain(self.fc3(y) + y).mean(1))
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    model = Net().eval().double()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.uniform_(-2, 2)
+    return model
+
+
+def images() -> Tensor:
+    return torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def alone(x: Tensor) -> Tensor:
+    return x[None]
+
+
+def test_only_norms_that_linear_layers_alone_read_are_found() -> None:
+    norms = build_chain(net(), QuantConfig(), "block").student.norms
+    assert [(group.norm, group.layers) for group in norms] == [("norm1", ("q", "k")), ("norm2", ("fc",))]
+
+
+@pytest.mark.parametrize("how", ["ranges", "smooth"])
+def test_the_function_stays_and_both_networks_change_alike(how: Any) -> None:
+    pair, x = build_chain(net(), QuantConfig(), "block"), images()
+    before = {name: value.clone() for name, value in pair.student.state_dict().items()}
+    equalize_norms(pair.student, x, how, CPU, alone)
+    with torch.no_grad():
+        for chain in (pair.teacher, pair.student):
+            torch.testing.assert_close(chain(x), net()(x), rtol=1e-9, atol=1e-9)
+    changed = {n.split(".", 2)[2] for n, v in pair.student.state_dict().items() if not torch.equal(v, before[n])}
+    shifted = {"norm1.bias", "norm2.bias", "q.bias", "k.bias", "fc.bias"}
+    scaled = {"norm1.weight", "norm2.weight", "q.weight", "k.weight", "fc.weight"}
+    assert changed == (scaled | shifted if how == "ranges" else scaled | {"norm1.bias"})
+
+
+def test_ranges_become_equal() -> None:
+    pair, x = build_chain(net(), QuantConfig(), "block"), images()
+    equalize_norms(pair.student, x, "ranges", CPU, alone)
+    seen: list[Tensor] = []
+    pair.student.find(pair.student.norms[0].quantizer).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        pair.student(x)
+    rows = seen[0].flatten(0, -2)
+    width, middle = rows.amax(0) - rows.amin(0), (rows.amax(0) + rows.amin(0)) / 2
+    torch.testing.assert_close(width, width.mean().expand(6), rtol=1e-6, atol=0)
+    assert float(middle.abs().max()) < 1e-6 * float(width.mean())
+
+
+def test_none_leaves_everything_as_it_is() -> None:
+    pair = build_chain(net(), QuantConfig(), "block")
+    before = {name: value.clone() for name, value in pair.student.state_dict().items()}
+    equalize_norms(pair.student, images(), "none", CPU, alone)
+    assert all(torch.equal(value, before[name]) for name, value in pair.student.state_dict().items())
+    with pytest.raises(PTQError, match="norms='some' is unknown"):
+        QuantConfig(norms="some")  # type: ignore[arg-type]
+
+
+def test_smooth_factors_are_those_of_the_paper() -> None:
+    low, high, weights = torch.tensor([-4.0, -1.0]), torch.tensor([2.0, 9.0]), torch.tensor([1.0, 4.0])
+    factor, shift = factors(low, high, weights, "smooth")
+    expected = torch.tensor([4.0 / 1.0, 9.0 / 4.0], dtype=torch.float64).sqrt()
+    torch.testing.assert_close(factor, expected / expected.mean())
+    assert not shift.any()
+
+
+def test_channels_that_do_not_move_are_not_blown_up() -> None:
+    factor, _ = factors(torch.tensor([-1.0, 3.0]), torch.tensor([1.0, 3.0]), torch.ones(2), "ranges")
+    assert factor.tolist() == [2.0, 0.01]
+    factor, shift = factors(torch.zeros(2), torch.zeros(2), torch.ones(2), "ranges")
+    assert factor.tolist() == [1.0, 1.0]
+    assert shift.tolist() == [0.0, 0.0]
