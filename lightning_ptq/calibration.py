@@ -86,7 +86,7 @@ def estimate_ranges(student: Chain, images: Tensor, config: QuantConfig, device:
         for histogram, state in zip(merged, process, strict=True):
             histogram.merge(Histogram.from_state(state))
     for q, histogram in zip(quantizers, merged, strict=True):
-        q.set_range(*histogram.qparams(config.act_range, q.bits, q.symmetric))
+        q.start(histogram, config.act_range)
 
 
 def _observe(histograms: dict[ActQuantizer, Histogram], quantizer: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -10,6 +10,7 @@ from lightning_ptq.errors import PTQError
 
 RangeName = Literal["minmax", "mse", "percentile"]
 EdgePolicy = Literal["8bit", "same"]
+SoftmaxGrid = Literal["uniform", "log2"]
 NormScaling = Literal["ranges", "smooth", "none"]
 Granularity = Literal["layer", "block", "stage", "net"]
 
@@ -43,6 +44,8 @@ class QuantConfig:
         placement: "paper" puts one quantizer on every tensor that a quantizable layer reads.
         norms: how the channels of a layer norm's output, where linear layers alone read it, are brought together before
             they share one scale: to one range ("ranges"), halfway ("smooth") or not ("none"); see `equalize.py`.
+        softmax: grid of what a softmax gives: "uniform", or powers of two ("log2"), which resolve small probabilities;
+            simulation only, no runtime has it.
         overrides: layer-name pattern -> {"weight_bits": b, "act_bits": b}; the last match wins, and wins over
             `edges`. `act_bits` is the width of the activation that the layer reads.
 
@@ -60,6 +63,7 @@ class QuantConfig:
     edges: EdgePolicy = "8bit"
     placement: Literal["paper"] = "paper"
     norms: NormScaling = "ranges"
+    softmax: SoftmaxGrid = "uniform"
     overrides: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -71,6 +75,7 @@ class QuantConfig:
         check_option(self.edges, get_args(EdgePolicy), "edges")
         check_option(self.placement, ("paper",), "placement")
         check_option(self.norms, get_args(NormScaling), "norms")
+        check_option(self.softmax, get_args(SoftmaxGrid), "softmax")
         for pattern, bits in self.overrides.items():
             for key, value in bits.items():
                 check_option(key, ("weight_bits", "act_bits"), f"overrides[{pattern!r}]")

@@ -11,6 +11,7 @@ from lightning_ptq.graph import ChainPair
 from lightning_ptq.graph.arithmetic import multiply_adds
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.network import NETWORK
+from lightning_ptq.quantizers import LogQuantizer, act_quantizers
 
 
 def unit_shapes(chain: Chain, image_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -74,6 +75,8 @@ def plan_text(
             f"products of activations, A{quant.act_bits} unless overridden:",
             *(f"  {n}" for n in chains.products),
         ]
+    if any(isinstance(q, LogQuantizer) for q in act_quantizers(chains.student)):
+        lines.append("softmax on a grid of powers of two: simulation only")
     if chains.student.image_shape is not None:
         lines.append(f"captured by torch.export, for images of shape {_shape(chains.student.image_shape)} only")
     if chains.islands:

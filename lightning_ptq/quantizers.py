@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ptq import functional as F
+from lightning_ptq.config import RangeName
 from lightning_ptq.drop import DropMask
+from lightning_ptq.ranges import Histogram
 from lightning_ptq.weights import WeightQuantizer
 
 
@@ -57,6 +59,10 @@ class ActQuantizer(nn.Module):
         self.ready.fill_(True)
         self._mirror()
 
+    def start(self, seen: Histogram, method: RangeName) -> None:
+        """Start from the range of what was `seen`, by the estimator called `method`."""
+        self.set_range(*seen.qparams(method, self.bits, self.symmetric))
+
     def _mirror(self) -> None:
         zero_point = float(self.zero_point)
         self.enabled, self.low, self.high = bool(self.ready), self.qmin - zero_point, self.qmax - zero_point
@@ -75,6 +81,35 @@ class ActQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, symmetric={self.symmetric}"
+
+
+class LogQuantizer(ActQuantizer):
+    """Activation quantizer of positive values on the grid scale * 2^-k, k = 0 ... 2^bits - 1 (Lin et al. 2022, eq. 7).
+
+    For what a softmax gives: most probabilities are small, and there the grid is fine. The scale is the largest value
+    seen and can be learned. Gradients pass to x unchanged where x is inside the grid, and to the scale through y.
+
+    Shape: any -> the same.
+    """
+
+    def start(self, seen: Histogram, method: RangeName) -> None:
+        """Start from the largest value that was `seen`, whatever the estimator."""
+        self.set_range(torch.tensor(max(seen.high, F.MIN_SCALE)), torch.tensor(0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return x
+        with F.in_float32(x.device):
+            value, steps = x.float(), 2**self.bits - 1
+            scale = self.log_scale.exp()
+            octaves = -(value.detach() / scale.detach()).clamp(min=torch.finfo(torch.float32).tiny).log2()  # k, real
+            inside = (octaves > -0.5) & (octaves < steps + 0.5)
+            y = octaves.round().clamp(0, steps).neg().exp2() * scale
+            if torch.is_grad_enabled():
+                y = y + (value - value.detach()) * inside
+                keep = self.drop.keep(value) if self.drop is not None else None
+                y = y if keep is None else torch.lerp(value, y, keep)
+        return y.to(x.dtype)
 
 
 def act_quantizers(module: nn.Module) -> list[ActQuantizer]:

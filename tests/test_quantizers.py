@@ -5,8 +5,8 @@ import torch
 
 from lightning_ptq import functional as F
 from lightning_ptq.drop import DropMask
-from lightning_ptq.quantizers import ActQuantizer, float_mode, initial_ranges
-from lightning_ptq.ranges import weight_qparams
+from lightning_ptq.quantizers import ActQuantizer, LogQuantizer, float_mode, initial_ranges
+from lightning_ptq.ranges import Histogram, weight_qparams
 from lightning_ptq.weights import ROUNDINGS, AdaRound, WeightQuantizer
 
 
@@ -234,3 +234,29 @@ def test_all_zero_channels_stay_zero() -> None:
         q.alpha.requires_grad_(True)
         q(weight).sum().backward()
         assert q.alpha.grad.isfinite().all()
+
+
+def test_the_logarithmic_grid_is_powers_of_two_below_the_largest_value() -> None:
+    q = LogQuantizer(bits=3)
+    histogram = Histogram()
+    histogram.update(torch.tensor([0.0, 0.75]))
+    q.start(histogram, "mse")
+    x = torch.rand(1000).square() * 0.9
+    x[:2] = torch.tensor([0.0, 1e-30])
+    grid = 0.75 * 2.0 ** -torch.arange(8)
+    nearest = (x.clamp(min=1e-38)[:, None].log() - grid.log()).abs().argmin(1)  # nearest by ratio, not by difference
+    torch.testing.assert_close(q(x), grid[nearest])
+
+
+def test_the_logarithmic_quantizer_has_straight_through_gradients() -> None:
+    q = LogQuantizer(bits=2)
+    q.set_range(torch.tensor(1.0), torch.tensor(0.0))
+    q.log_scale.requires_grad_(True)
+    x = torch.tensor([0.9, 0.3, 0.01], requires_grad=True)  # 1, 1/4, and below the grid: 1/8
+    y = q(x)
+    assert y.tolist() == [1.0, 0.25, 0.125]
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [1.0, 1.0, 0.0]
+    assert q.log_scale.grad is not None
+    assert float(q.log_scale.grad) == pytest.approx(1.375)

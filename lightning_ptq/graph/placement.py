@@ -13,7 +13,7 @@ from lightning_ptq.errors import PTQError
 from lightning_ptq.graph.fold import has_attribute
 from lightning_ptq.graph.trace import is_torch_op, op_name, words
 from lightning_ptq.layers import is_quantizable
-from lightning_ptq.quantizers import ActQuantizer
+from lightning_ptq.quantizers import ActQuantizer, LogQuantizer
 
 _NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm)
 _NORM_OPS = ("layer_norm", "group_norm", "rms_norm", "batch_norm", "instance_norm")
@@ -78,7 +78,8 @@ def place_quantizers(gm: fx.GraphModule, config: QuantConfig) -> Placement:
     quantizers = set()
     for producer, group in readers.items():
         bits = max(wanted[node].act_bits for node in group)
-        quantizers.add(insert_quantizer(gm, producer, bits, config.act_symmetric))
+        kind = LogQuantizer if config.softmax == "log2" and is_softmax(gm, producer) else ActQuantizer
+        quantizers.add(insert_quantizer(gm, producer, kind(bits, config.act_symmetric)))
         bits_of.update({node: LayerBits(wanted[node].weight_bits, bits) for node in group})
     gm.recompile()
     return Placement(gm, {node: bits_of[node] for node in nodes}, products, frozenset(quantizers))
@@ -128,12 +129,19 @@ def edge_layers(layers: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> tuple[se
     return layers - after, layers - before
 
 
-def insert_quantizer(gm: fx.GraphModule, producer: fx.Node, bits: int, symmetric: bool) -> fx.Node:
-    """Put a quantizer node right after `producer`; it belongs to the same modules."""
+def is_softmax(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether `node` gives what a softmax does."""
+    if node.op == "call_module":
+        return isinstance(gm.get_submodule(str(node.target)), nn.Softmax)
+    return op_name(node) == "softmax"
+
+
+def insert_quantizer(gm: fx.GraphModule, producer: fx.Node, quantizer: ActQuantizer) -> fx.Node:
+    """Put a node that calls `quantizer` right after `producer`; it belongs to the same modules."""
     name = f"act_{producer.name}"
     while has_attribute(gm, name):
         name += "_"
-    gm.add_submodule(name, ActQuantizer(bits, symmetric))
+    gm.add_submodule(name, quantizer)
     with gm.graph.inserting_after(producer):
         node = gm.graph.call_module(name, (producer,))
     node.meta["nn_module_stack"] = dict(producer.meta.get("nn_module_stack") or {})

@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_ptq.config import QuantConfig
 from lightning_ptq.graph import build_chain
-from lightning_ptq.quantizers import act_quantizers
+from lightning_ptq.quantizers import LogQuantizer, act_quantizers
 
 
 class Attention(nn.Module):
@@ -31,6 +31,11 @@ def test_scaled_dot_product_attention_is_two_products_and_a_softmax(options):
     # x, q, v, k^T, softmax, and what proj reads.
     assert [q.bits for q in act_quantizers(pair.student)] == [4, 6, 4, 6, 4, 4]
     assert pair.floats == ()
+
+
+def test_a_softmax_can_have_a_logarithmic_grid():
+    pair = build_chain(Attention().eval(), QuantConfig(softmax="log2"), "block")
+    assert [type(q) is LogQuantizer for q in act_quantizers(pair.student)] == [False] * 4 + [True, False]
 
 
 def test_causal_attention_stays_whole_and_says_so():
