@@ -6,10 +6,11 @@ from typing import Any
 
 import lightning as L
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from lightning_ptq.errors import PTQError
 from lightning_ptq.graph import Chain
-from lightning_ptq.metrics import RATES, MeanRate, classes
+from lightning_ptq.metrics import MEASURES, NO_LABEL, classes
 from lightning_ptq.quantizers import initial_ranges, weight_quantizers
 
 
@@ -19,7 +20,7 @@ class Evaluation(L.LightningModule):
     def __init__(self, teacher: Chain, student: Chain) -> None:
         super().__init__()
         self.teacher, self.student = teacher, student
-        self.rates = nn.ModuleDict({name: MeanRate() for name in RATES})
+        self.rates = nn.ModuleDict({name: measure() for name, measure in MEASURES.items()})
 
     def forward(self, x: Tensor) -> Tensor:
         """The student's output for images (N, C, H, W)."""
@@ -36,19 +37,32 @@ class Evaluation(L.LightningModule):
         """Teacher, round-to-nearest and student on one batch of images, with or without labels."""
         images, labels = _images_and_labels(batch)
         images = self.teacher.laid_out(images, images.device)
-        logits = self.teacher(images)
-        if labels is not None and logits.dim() == 2 and len(labels):
-            _check_labels(int(labels.max()), logits.shape[1])
+        outputs = {"teacher": self.teacher(images)}
+        teacher = outputs["teacher"]
+        if labels is not None and teacher.dim() == 2 and len(labels):
+            _check_labels(int(labels.max()), teacher.shape[1])
         if self.trainer.sanity_checking:
             return  # images and labels have passed; what Lightning measures here it throws away
-        predictions = {"teacher": classes(logits), "student": classes(self.student(images))}
+        outputs["student"] = self.student(images)
         with initial_ranges(self.student):
-            predictions["nearest"] = classes(self.student(images))
-        for name, prediction in predictions.items():
-            if labels is not None and labels.shape == prediction.shape:
-                self._rate(f"{name}_top1", prediction, labels)
+            outputs["nearest"] = self.student(images)
+        for name, output in outputs.items():
+            if labels is not None:
+                self._measure_labels(name, output, labels)
             if name != "teacher":
-                self._rate(f"{name}_agreement", prediction, predictions["teacher"])
+                self._measure(f"{name}_sqnr_db", output, teacher)
+                if has_classes(output):
+                    self._measure(f"{name}_agreement", classes(output), classes(teacher))
+
+    def _measure_labels(self, name: str, output: Tensor, labels: Tensor) -> None:
+        """Compare an output with labels of images, or of pixels."""
+        if not has_classes(output) or labels.shape != (predicted := classes(output)).shape:
+            return
+        if output.dim() > 2:
+            labels = labels.long()
+            self._measure(f"{name}_miou", output, labels)
+            predicted, labels = (x[labels != NO_LABEL] for x in (predicted, labels))
+        self._measure(f"{name}_top1", predicted, labels)
 
     def on_test_start(self) -> None:
         """Refuse to pass the float network off as the quantized one."""
@@ -71,11 +85,16 @@ class Evaluation(L.LightningModule):
         """The student's output for one batch of images."""
         return self(_images_and_labels(batch)[0])  # type: ignore[no-any-return]
 
-    def _rate(self, name: str, prediction: Tensor, reference: Tensor) -> None:
+    def _measure(self, name: str, result: Tensor, reference: Tensor) -> None:
         metric = self.rates[name]
-        assert isinstance(metric, MeanRate)
-        metric.update(prediction, reference)
-        self.log(name, metric, on_step=False, on_epoch=True, batch_size=len(prediction))
+        assert isinstance(metric, Metric)
+        metric.update(result, reference)
+        self.log(name, metric, on_step=False, on_epoch=True, batch_size=len(result))
+
+
+def has_classes(output: Tensor) -> bool:
+    """Whether an output (N, C, ...) can be scores of classes: a single number for each position can't."""
+    return output.dim() >= 2 and output.shape[1] > 1
 
 
 def _check_labels(largest: int, outputs: int) -> None:

@@ -12,8 +12,8 @@ from torchmetrics.utilities import dim_zero_cat
 
 from lightning_ptq.losses.critic import cosine, projected
 
-# What a validation measures, in percent, each a `MeanRate`.
-RATES = ("teacher_top1", "nearest_top1", "student_top1", "nearest_agreement", "student_agreement")
+# Label of a pixel that has none, as Pascal VOC and torchvision have it.
+NO_LABEL = 255
 
 
 def signal_and_noise(student: Tensor, teacher: Tensor) -> Tensor:
@@ -139,6 +139,66 @@ class MeanRate(Metric):
     def compute(self) -> Tensor:
         """Percent, shape ()."""
         return 100.0 * self.hits / self.total
+
+
+class MeanIoU(Metric):
+    """Intersection over union of predicted and labelled pixels in percent, mean over the classes that occur."""
+
+    confusion: Tensor
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        # As large as the network has classes, which the first update tells.
+        self.add_state("confusion", torch.zeros(0, 0, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, output: Tensor, labels: Tensor) -> None:
+        """Add the network's output (N, C, ...) and labels (N, ...); pixels of label `NO_LABEL` do not count."""
+        count, labelled = output.shape[1], labels != NO_LABEL
+        if not len(self.confusion):
+            self.confusion = self.confusion.new_zeros(count, count)
+        pairs = labels[labelled] * count + classes(output)[labelled]
+        self.confusion += torch.bincount(pairs.flatten(), minlength=count**2).view(count, count)
+
+    def compute(self) -> Tensor:
+        """Percent, shape ()."""
+        both = self.confusion.diagonal()
+        either = self.confusion.sum(0) + self.confusion.sum(1) - both
+        return 100.0 * (both / either)[either > 0].mean()
+
+
+class OutputSQNR(Metric):
+    """Signal to quantization noise ratio of the network's output, whatever that stands for."""
+
+    sums: Tensor
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(2), dist_reduce_fx="sum")
+
+    def update(self, student: Tensor, teacher: Tensor) -> None:
+        """Add outputs, any equal shape."""
+        self.sums = self.sums + signal_and_noise(student, teacher).to(self.sums.dtype)
+
+    def compute(self) -> Tensor:
+        """Decibels, shape ()."""
+        return 10.0 * torch.log10(self.sums[0] / self.sums[1])
+
+
+# What a validation measures: percent, and decibels.
+MEASURES: dict[str, type[Metric]] = {
+    "teacher_top1": MeanRate,
+    "nearest_top1": MeanRate,
+    "student_top1": MeanRate,
+    "nearest_agreement": MeanRate,
+    "student_agreement": MeanRate,
+    "teacher_miou": MeanIoU,
+    "nearest_miou": MeanIoU,
+    "student_miou": MeanIoU,
+    "nearest_sqnr_db": OutputSQNR,
+    "student_sqnr_db": OutputSQNR,
+}
 
 
 def classes(output: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_ptq.checks import check_run_folder, run_folder
-from lightning_ptq.metrics import RATES
+from lightning_ptq.metrics import MEASURES
 from lightning_ptq.network import NETWORK
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class RunSummary(Callback):
         if not trainer.sanity_checking:
             self.epoch = trainer.current_epoch
             self.metrics = {
-                key: float(trainer.callback_metrics[key]) for key in RATES if key in trainer.callback_metrics
+                key: float(trainer.callback_metrics[key]) for key in MEASURES if key in trainer.callback_metrics
             }
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -93,6 +93,7 @@ def summarize(module: PTQModule, trainer: L.Trainer, metrics: dict[str, float]) 
         "network_steps": module.network_steps,
         "complete": len(module.reports) == len(module.epoch_names),
         **{key: metrics.get(key) for key in ("teacher_top1", "nearest_top1", "student_top1")},
+        **{key: _finite(metrics.get(key)) for key in MEASURES if key.endswith(("miou", "sqnr_db"))},
         "teacher_agreement": metrics.get("student_agreement"),
         "nearest_agreement": metrics.get("nearest_agreement"),
         "calibration_agreement": module.session.calibration_agreement,
@@ -102,13 +103,15 @@ def summarize(module: PTQModule, trainer: L.Trainer, metrics: dict[str, float]) 
         "peak_device_bytes": torch.cuda.max_memory_allocated(module.device) if module.device.type == "cuda" else 0,
         # JSON has no infinity: an SQNR without noise, or of a constant output, is null.
         "units": [
-            {
-                key: None if isinstance(value, float) and not math.isfinite(value) else value
-                for key, value in unit.items()
-            }
+            {key: _finite(value) for key, value in unit.items()}
             for unit in (report.to_dict() for report in module.reports)
         ],
     }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def overfit_gap(calibration: float | None, validation: float | None) -> float | None:
@@ -132,6 +135,14 @@ def table(summary: dict[str, Any]) -> str:
     width = max(len(name) for name, *_ in rows)
     lines = [f"{'':{width}} {'top-1 %':>9} {'agreement with the teacher %':>30}"]
     lines += [f"{name:{width}} {cell(top1)} {cell(agreement):>30}" for name, top1, agreement in rows]
+    names, networks = [name for name, *_ in rows], ("teacher", "nearest", "student")
+    for measure, title in (("miou", "mIoU %"), ("sqnr_db", "output SQNR dB")):
+        # Of dense outputs, and where there are no classes to agree on.
+        values = [summary.get(f"{network}_{measure}") for network in networks]
+        shown = any(value is not None for value in values)
+        if shown and (measure == "miou" or summary["teacher_agreement"] is None):
+            lines.append(f"{'':{width}} {title:>14}")
+            lines += [f"{name:{width}} {cell(value):>14}" for name, value in zip(names, values, strict=True)]
     if not summary["complete"]:
         lines.append(
             f"not finished: {len(summary['units'])} units are done. To go on, give ckpt_path, the run's "

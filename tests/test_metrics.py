@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+from torchmetrics.classification import MulticlassJaccardIndex
 
 from lightning_ptq.losses.critic import projected
 from lightning_ptq.metrics import (
     Information,
+    MeanIoU,
     MeanRate,
+    OutputSQNR,
     alignment,
     classes,
     decibels,
@@ -109,3 +112,28 @@ def test_rates_count_over_batches() -> None:
 
 def test_classes_of_dense_outputs() -> None:
     assert classes(torch.randn(2, 5, 3, 4)).shape == (2, 3, 4)
+
+
+def test_mean_iou_equals_torchmetrics_own() -> None:
+    generator = torch.Generator().manual_seed(0)
+    outputs = torch.randn(6, 4, 5, 5, generator=generator)
+    outputs[:, 3] = -9.0  # a class that neither is predicted nor occurs does not count
+    labels = torch.randint(0, 3, (6, 5, 5), generator=generator)
+    labels[labels.float().add(torch.rand(labels.shape, generator=generator)) > 2.8] = 255
+    ours, theirs = MeanIoU(), MulticlassJaccardIndex(4, average="none", ignore_index=255)
+    for part in (slice(0, 2), slice(2, 6)):
+        ours.update(outputs[part], labels[part])
+        theirs.update(outputs[part], labels[part])
+    assert float(ours.compute()) == pytest.approx(100 * float(theirs.compute()[:3].mean()), abs=1e-4)
+    ours.reset()
+    ours.update(outputs[:1, :3], labels[:1])
+    assert ours.confusion.shape == (3, 3)
+
+
+def test_output_sqnr_is_that_of_all_outputs_together() -> None:
+    teacher, student = torch.randn(8, 3), torch.randn(8, 3)
+    metric = OutputSQNR()
+    for part in (slice(0, 3), slice(3, 8)):
+        metric.update(student[part], teacher[part])
+    expected = 10 * math.log10(float(teacher.square().sum() / (student - teacher).square().sum()))
+    assert float(metric.compute()) == pytest.approx(expected, abs=1e-4)

@@ -100,6 +100,31 @@ def test_a_dense_output_is_calibrated_and_judged_pixel_by_pixel(tmp_path: Path) 
     assert module(tiny_images(2)).shape == (2, 5, 8, 8)
     assert summary["teacher_top1"] == 100.0
     assert 50 < summary["student_top1"] <= 100
+    assert summary["teacher_miou"] == pytest.approx(100.0)
+    assert summary["nearest_miou"] < summary["student_miou"] < summary["student_top1"]
+
+
+class Depth(Dense):
+    """One number for every pixel: there are no classes to agree on."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)["out"][:, :1]
+
+
+def test_an_output_without_classes_is_judged_by_its_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    model = Depth().eval()
+    module = module_of(model)
+    trainer(tmp_path).fit(module, datamodule=data_of(model))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["teacher_agreement"] is summary["student_top1"] is None
+    images = tiny_images(30, seed=2)
+    with torch.no_grad():
+        teacher, student = model(images), module(images)
+    expected = 10 * torch.log10(teacher.square().sum() / (student - teacher).square().sum())
+    assert summary["student_sqnr_db"] == pytest.approx(float(expected), abs=1e-3)
+    assert summary["student_sqnr_db"] >= summary["nearest_sqnr_db"] > 0
+    assert "output SQNR dB" in capsys.readouterr().out
 
 
 def test_images_of_another_size_than_was_captured_are_refused_before_anything_long(tmp_path: Path) -> None:
