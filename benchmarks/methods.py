@@ -52,6 +52,8 @@ GRIDS: dict[str, Grid] = {
         "network_steps": [1500],
         "options": [{"augment": {"flip": True, "shift": 2}}],
     },
+    # Bits chosen for each layer; "w3a3" sets the budget's yardstick only.
+    "mixed": {"bits": ["w3a3"], "options": [{}, {"quant": {"average_bits": 3.0}}]},
     "time": {"contrastive": [False, True]},
     "times": {"steps": [100, 250, 500, 1000], "contrastive": [False, True]},
 }
@@ -61,7 +63,7 @@ DEFAULTS: dict[str, Any] = {
     "method": "qdrop",
     "contrastive": False,
     "critic": {},  # fields of `ContrastiveConfig` that differ from its defaults
-    "options": {},  # further arguments of `PTQModule`
+    "options": {},  # further arguments of `PTQModule`, and of its `QuantConfig` below "quant"
     "samples": 1024,
     "steps": 500,
     "network_steps": None,  # the library's default
@@ -100,7 +102,7 @@ def run_one(settings: dict[str, Any], root: Path, threads: int) -> dict[str, Any
     bits, samples, seed = settings["bits"], settings["samples"], settings["seed"]
     module = ptq.PTQModule(
         trained(settings["model"], root),
-        ptq.QuantConfig(weight_bits=int(bits[1]), act_bits=int(bits[3])),
+        ptq.QuantConfig(weight_bits=int(bits[1]), act_bits=int(bits[3]), **options.pop("quant", {})),
         settings["method"],
         contrastive=settings["contrastive"],
         critic=ptq.ContrastiveConfig(**settings["critic"]),

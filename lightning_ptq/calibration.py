@@ -19,6 +19,7 @@ from lightning_ptq.losses.reconstruction import reconstruction_loss
 from lightning_ptq.metrics import Information, decibels, signal_and_noise
 from lightning_ptq.quantizers import ActQuantizer, act_quantizers, float_mode, initial_ranges, scales_are_finite
 from lightning_ptq.ranges import Histogram, weight_qparams
+from lightning_ptq.weights import WeightQuantizer
 
 # Images that ranges are estimated from, as in QDrop's code.
 RANGE_IMAGES = 256
@@ -65,9 +66,23 @@ def estimate_ranges(student: Chain, images: Tensor, config: QuantConfig, device:
     """
     for _, layer in quantized_layers(student):
         w = layer.weight_quantizer
-        w.set_range(
-            layer.weight, *weight_qparams(layer.weight, config.weight_range, w.bits, w.symmetric, w.per_channel)
-        )
+        w.set_range(layer.weight, *weight_range(layer.weight, w, config))
+    for q, histogram in observe(student, images, device, gather).items():
+        q.start(histogram, config.act_range)
+
+
+def weight_range(weight: Tensor, quantizer: WeightQuantizer, config: QuantConfig) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of `weight` at its quantizer's bits."""
+    q = quantizer
+    return weight_qparams(weight, config.weight_range, q.bits, q.symmetric, q.per_channel)
+
+
+def observe(student: Chain, images: Tensor, device: torch.device, gather: Gather) -> dict[ActQuantizer, Histogram]:
+    """What every activation quantizer of `student` reads in the float network, over `images` of all processes.
+
+    Raises:
+        PTQError: NaN or infinite activations, naming the unit, or images the network can't take.
+    """
     quantizers = act_quantizers(student)
     histograms = {q: Histogram() for q in quantizers}
     hooks = [q.register_forward_pre_hook(partial(_observe, histograms)) for q in quantizers]
@@ -81,12 +96,11 @@ def estimate_ranges(student: Chain, images: Tensor, config: QuantConfig, device:
         for hook in hooks:
             hook.remove()
     states = torch.stack([histograms[q].state() for q in quantizers]).to(device)  # (Q, 4 + bins)
-    merged = [Histogram() for _ in quantizers]
+    merged = {q: Histogram() for q in quantizers}
     for process in gather(states):
-        for histogram, state in zip(merged, process, strict=True):
+        for histogram, state in zip(merged.values(), process, strict=True):
             histogram.merge(Histogram.from_state(state))
-    for q, histogram in zip(quantizers, merged, strict=True):
-        q.start(histogram, config.act_range)
+    return merged
 
 
 def _observe(histograms: dict[ActQuantizer, Histogram], quantizer: nn.Module, args: tuple[Tensor, ...]) -> None:

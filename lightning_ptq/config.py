@@ -10,6 +10,7 @@ from lightning_ptq.errors import PTQError
 
 RangeName = Literal["minmax", "mse", "percentile"]
 EdgePolicy = Literal["8bit", "same"]
+Budget = Literal["bops", "size"]
 SoftmaxGrid = Literal["uniform", "log2"]
 NormScaling = Literal["ranges", "smooth", "none"]
 Granularity = Literal["layer", "block", "stage", "net"]
@@ -46,6 +47,11 @@ class QuantConfig:
             they share one scale: to one range ("ranges"), halfway ("smooth") or not ("none"); see `equalize.py`.
         softmax: grid of what a softmax gives: "uniform", or powers of two ("log2"), which resolve small probabilities;
             simulation only, no runtime has it.
+        average_bits: choose the bits of every layer that neither `edges` nor `overrides` fix from 2, 3, 4 and 8, by
+            what they cost on the calibration images (`allocation.py`); None gives all of them `weight_bits` and
+            `act_bits`.
+        budget: what `average_bits` bounds: "bops", multiply-adds times the bits of both factors, to what they were with
+            so many bits throughout; or "size", the bits of the weights, while activations have `act_bits`.
         overrides: layer-name pattern -> {"weight_bits": b, "act_bits": b}; the last match wins, and wins over
             `edges`. `act_bits` is the width of the activation that the layer reads.
 
@@ -64,6 +70,8 @@ class QuantConfig:
     placement: Literal["paper"] = "paper"
     norms: NormScaling = "ranges"
     softmax: SoftmaxGrid = "uniform"
+    average_bits: float | None = None
+    budget: Budget = "bops"
     overrides: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -76,6 +84,9 @@ class QuantConfig:
         check_option(self.placement, ("paper",), "placement")
         check_option(self.norms, get_args(NormScaling), "norms")
         check_option(self.softmax, get_args(SoftmaxGrid), "softmax")
+        check_option(self.budget, get_args(Budget), "budget")
+        if self.average_bits is not None and not 2 <= self.average_bits <= 8:
+            raise PTQError(f"average_bits={self.average_bits} is outside 2 to 8. Leave it out for uniform bits.")
         for pattern, bits in self.overrides.items():
             for key, value in bits.items():
                 check_option(key, ("weight_bits", "act_bits"), f"overrides[{pattern!r}]")
@@ -92,6 +103,11 @@ class QuantConfig:
             if fnmatchcase(layer, pattern):
                 bits.update(override)
         return LayerBits(**bits)
+
+    def fixes(self, layer: str, *, first: bool, last: bool) -> bool:
+        """Whether `edges` or `overrides` decide about the layer called `layer`."""
+        edge = self.edges == "8bit" and (first or last)
+        return edge or any(fnmatchcase(layer, pattern) for pattern in self.overrides)
 
     def check_overrides(self, layers: list[str]) -> None:
         """Raise `PTQError` for an override pattern that names none of `layers`."""

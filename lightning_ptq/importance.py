@@ -22,11 +22,8 @@ def channel_importance(
 ) -> list[Tensor]:
     """Weights of the channels in a unit's reconstruction loss, after BRECQ's Fisher weighting (Li et al. 2021).
 
-    The weight of channel c is the squared gradient of the network's output with respect to the unit's output, summed
-    over outputs and averaged over images and positions: the error that a unit of noise there makes at the end, to
-    first order. BRECQ takes the gradient of the loss, element by element; with a confident teacher that is next to
-    zero for most images. The sum over outputs is estimated with random signs, one vector for each image (Hutchinson),
-    so it costs one backward pass.
+    BRECQ takes the gradient of the loss, element by element; with a confident teacher that is next to zero for most
+    images. These are the outputs' gradients, `channel_fisher`.
 
     Args:
         images: (N, C, H, W), this process's share.
@@ -35,8 +32,23 @@ def channel_importance(
     Returns:
         For each unit a tensor (channels,) with mean 1; for the last unit, the output itself, all ones.
     """
+    return [_normalised(weights) for weights in channel_fisher(teacher, images, device, gather)]
+
+
+def channel_fisher(
+    teacher: Chain, images: Tensor, device: torch.device, gather: Callable[[Tensor], Iterable[Tensor]]
+) -> list[Tensor]:
+    """How much squared error of each channel of each unit's output makes at the network's output, to first order.
+
+    Of channel c it is the squared gradient of the network's output with respect to the unit's, summed over outputs and
+    averaged over images and positions. The sum over outputs is estimated with random signs, one vector for each image
+    (Hutchinson), so it costs one backward pass. Arguments as `channel_importance`.
+
+    Returns:
+        For each unit a tensor (channels,).
+    """
     generator = torch.Generator().manual_seed(0)
-    sums: list[Tensor] = []
+    means: list[Tensor] = []
     for x in chunks(images, _BATCH):
         outputs: list[Tensor] = []
         with torch.enable_grad():
@@ -47,15 +59,16 @@ def channel_importance(
                 z = outputs[-1]
             signs = torch.randint(0, 2, z.shape, generator=generator).mul_(2).sub_(1).to(z)
             gradients = torch.autograd.grad(z, outputs, signs)
-        squares = [_per_channel(g, teacher.channel_dim(k, g.shape)) for k, g in enumerate(gradients)]
-        sums = squares if not sums else [a + b for a, b in zip(sums, squares, strict=True)]
-    total = torch.stack(list(gather(torch.cat(sums)))).sum(0)
-    return [_normalised(part) for part in total.split([len(part) for part in sums])]
+        share = len(x) / len(images)
+        parts = [share * _per_channel(g, teacher.channel_dim(k, g.shape)) for k, g in enumerate(gradients)]
+        means = parts if not means else [a + b for a, b in zip(means, parts, strict=True)]
+    total = torch.stack(list(gather(torch.cat(means)))).mean(0)
+    return list(total.split([len(part) for part in means]))
 
 
 def _per_channel(gradient: Tensor, dim: int) -> Tensor:
-    """Sum of squares of each channel (C,), where channels are at `dim`."""
-    return channels_first(gradient.detach(), dim).float().square().transpose(0, 1).flatten(1).sum(1)
+    """Mean square of each channel (C,) over images and positions, where channels are at `dim`."""
+    return channels_first(gradient.detach(), dim).float().square().transpose(0, 1).flatten(1).mean(1)
 
 
 def _normalised(weights: Tensor) -> Tensor:

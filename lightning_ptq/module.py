@@ -447,6 +447,8 @@ class PTQModule(Evaluation):
             held_out=self.held_out,
             round_again=self.network_rounding_lr > 0,
             correction=self.method.distribution_steps,
+            layers=self.chains.layers,
+            learned=self.method.rounding != "nearest",
         )
         self.session.enter(unit, images, World(self.device, size, self._all))
         self._select(unit, fresh=first_step == 0)

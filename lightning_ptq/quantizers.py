@@ -45,6 +45,11 @@ class ActQuantizer(nn.Module):
         self.initial_log_scale: Tensor
         self.ready: Tensor
 
+    def set_bits(self, bits: int) -> None:
+        """Have so many bits; to be called before there is a range."""
+        self.bits = bits
+        self.qmin, self.qmax = F.integer_range(bits, self.symmetric)
+
     @property
     def scale(self) -> Tensor:
         """Current scale, shape ()."""

@@ -10,18 +10,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_ptq.allocation import allocate, apply
 from lightning_ptq.cache import UnitCache, fits_on_device
 from lightning_ptq.calibration import RANGE_IMAGES, UnitReport, estimate_ranges, finish_unit
 from lightning_ptq.config import QuantConfig
 from lightning_ptq.equalize import equalize_norms
 from lightning_ptq.errors import PTQError
 from lightning_ptq.fingerprint import data_digest
-from lightning_ptq.graph import Chain
+from lightning_ptq.graph import Chain, LayerPlan
+from lightning_ptq.graph.arithmetic import layer_multiply_adds
 from lightning_ptq.importance import channel_importance
 from lightning_ptq.methods import Weighting
 from lightning_ptq.metrics import classes
 from lightning_ptq.network import NetworkCache, NetworkStart, finish_network
 from lightning_ptq.quantizers import weight_quantizers
+from lightning_ptq.sensitivity import sensitivities
 
 CachePolicy = Literal["auto", "device", "host"]
 # Fewer images than these judge by chance.
@@ -60,6 +63,7 @@ class Images:
         again: whether the whole network's epoch will need the images again. A loader may not give them twice.
         held_out: share of the images that judge what was learned on the others.
         round_again: whether that epoch trains the weights' rounding. correction: steps of PD-Quant's correction.
+        layers: the student's, for mixed precision. learned: whether rounding is learned.
     """
 
     open: Callable[[], Tensor]
@@ -71,6 +75,8 @@ class Images:
     held_out: float
     round_again: bool
     correction: int
+    layers: tuple[LayerPlan, ...] = ()
+    learned: bool = True
 
 
 class Session:
@@ -85,6 +91,7 @@ class Session:
         self.calibration_agreement: float | None = None  # percent, on the images that steps drew, once all is done
         self.cache: UnitCache | NetworkCache | None = None
         self.importance: list[Tensor] | None = None  # of every unit's channels; None: they count alike
+        self.bits: dict[str, dict[str, int]] | None = None  # mixed precision, by name; None: as configured
         self._network_start: NetworkStart | None = None
         self._images: Tensor | None = None
         self._on_device: bool | None = None
@@ -104,6 +111,7 @@ class Session:
             "wall_seconds": dict(self.wall_seconds),
             "unit_seconds": running,
             "calibration_agreement": self.calibration_agreement,
+            "bits": self.bits,
             "network_start": None if self._network_start is None else self._network_start.to_dict(),
         }
 
@@ -112,6 +120,8 @@ class Session:
         self.image_digest = state["images"]
         self.reports = [UnitReport(**report) for report in state["reports"]]
         self.calibration_agreement = state["calibration_agreement"]
+        if state["bits"] is not None:
+            self.use_bits(state["bits"])
         self.wall_seconds, self._carried_seconds = dict(state["wall_seconds"]), state["unit_seconds"]
         start = state["network_start"]
         self._network_start = None if start is None else NetworkStart(**start)
@@ -225,12 +235,28 @@ class Session:
         share = min(-(-RANGE_IMAGES // world.size), len(images) - held_out)
         if not all(q.enabled for q in weight_quantizers(self.student)):
             start = time.monotonic()
+            self._choose_bits(images[:share], data, world)
             equalize_norms(self.student, images[:share], data.config.norms, world.device, world.gather)
             estimate_ranges(self.student, images[:share], data.config, world.device, world.gather)
             self.wall_seconds["ranges"] += time.monotonic() - start
         if data.weighting == "fisher":
             self.importance = channel_importance(self.teacher, images[:share], world.device, world.gather)
         return UnitCache(self.teacher, self.student, images, world.device, on_device, held_out, data.correction)
+
+    def _choose_bits(self, images: Tensor, data: Images, world: World) -> None:
+        """Mixed precision, if it is asked for: decided once, before there are ranges."""
+        average = data.config.average_bits
+        if average is None:
+            return
+        found = sensitivities(self.teacher, self.student, images, data.config, world.device, world.gather)
+        costs = layer_multiply_adds(self.student, tuple(images.shape[1:]))
+        chosen = allocate(data.layers, found, costs, average, data.config.budget, data.learned)
+        self.use_bits({"weights": chosen.weights, "activations": chosen.activations})
+
+    def use_bits(self, bits: dict[str, dict[str, int]]) -> None:
+        """Give layers ("weights") and quantizers ("activations") the bits that were chosen for them."""
+        self.bits = bits
+        apply(self.student, bits["weights"], bits["activations"])
 
 
 def held_out_of(images: int, share: float, batch_size: int) -> int:

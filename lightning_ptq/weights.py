@@ -44,6 +44,11 @@ class WeightQuantizer(nn.Module):
         self.zero_point: Tensor
         self.ready: Tensor
 
+    def set_bits(self, bits: int) -> None:
+        """Have so many bits; to be called before there is a range."""
+        self.bits = bits
+        self.qmin, self.qmax = F.integer_range(bits, self.symmetric)
+
     @property
     def corrections(self) -> tuple[nn.Parameter, nn.Parameter]:
         """(log_gain, bias_shift)."""

@@ -13,7 +13,9 @@ from benchmarks.results import document
 from lightning_ptq import ContrastiveConfig, PTQModule
 
 
-@pytest.mark.parametrize("name", ["allocator", "census", "common", "critic", "methods", "ranges", "results", "vit"])
+@pytest.mark.parametrize(
+    "name", ["allocator", "census", "common", "critic", "methods", "ranges", "results", "rounding_gain", "vit"]
+)
 def test_each_can_be_imported(name: str) -> None:
     assert importlib.import_module(f"benchmarks.{name}").__doc__
 
@@ -25,7 +27,7 @@ def test_the_points_of_a_grid_are_runs_of_their_own(name: str) -> None:
     arguments = inspect.signature(PTQModule).parameters
     for settings in grid:
         assert settings.keys() == DEFAULTS.keys()
-        assert settings["options"].keys() <= arguments.keys()
+        assert settings["options"].keys() <= {*arguments.keys(), "quant"}
         ContrastiveConfig(**settings["critic"])
 
 

@@ -28,7 +28,8 @@ __all__ = ["Chain", "ChainPair", "FloatOp", "LayerPlan", "build_chain"]
 class LayerPlan:
     """A quantized layer: its name and type, the index of its unit, its bits and its number of float parameters.
 
-    `act_bits` are the bits of the activation that it reads.
+    `act_bits` are the bits of the activation that it `reads`, by its quantizer's name. Bits that are `fixed` follow
+    from the edge policy or an override.
     """
 
     name: str
@@ -37,6 +38,8 @@ class LayerPlan:
     weight_bits: int
     act_bits: int
     parameters: int
+    reads: str
+    fixed: bool
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,18 @@ def plan_layers(placement: Placement, units: Sequence[Sequence[fx.Node]]) -> tup
                 name, bits = str(node.target), placement.layers[node]
                 module = placement.gm.get_submodule(name)
                 count = sum(parameter.numel() for parameter in module.parameters())
-                plans.append(LayerPlan(name, type(module).__name__, k, bits.weight_bits, bits.act_bits, count))
+                plans.append(
+                    LayerPlan(
+                        name,
+                        type(module).__name__,
+                        k,
+                        bits.weight_bits,
+                        bits.act_bits,
+                        count,
+                        str(node.all_input_nodes[0].target),
+                        node in placement.fixed,
+                    )
+                )
     return tuple(plans)
 
 

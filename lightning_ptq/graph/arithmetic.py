@@ -13,6 +13,9 @@ from lightning_ptq.graph.units import Chain
 from lightning_ptq.layers import is_quantized, quantized_layers
 from lightning_ptq.quantizers import ActQuantizer
 
+# Some networks take a batch of one image for none.
+_IMAGES = 2
+
 
 class _Counter(fx.Interpreter):
     """Runs a unit and counts the multiply-adds of each node."""
@@ -20,6 +23,7 @@ class _Counter(fx.Interpreter):
     def __init__(self, unit: fx.GraphModule) -> None:
         super().__init__(unit)
         self.quantized = self.total = 0
+        self.layers: dict[str, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         with FlopCounterMode(display=False) as counter:
@@ -28,6 +32,7 @@ class _Counter(fx.Interpreter):
         self.total += count
         if count and self.is_quantized(n):
             self.quantized += count
+            self.layers[str(n.target)] = count
         return result
 
     def is_quantized(self, node: fx.Node) -> bool:
@@ -45,13 +50,22 @@ def multiply_adds(student: Chain, image_shape: tuple[int, ...]) -> tuple[int, in
 
     Inside modules that are kept whole, what torch's flop counter knows is counted as well.
     """
-    quantized = total = 0
+    counters = _count(student, image_shape)
+    return sum(c.quantized for c in counters) // _IMAGES, sum(c.total for c in counters) // _IMAGES
+
+
+def layer_multiply_adds(student: Chain, image_shape: tuple[int, ...]) -> dict[str, int]:
+    """Multiply-adds of every quantized layer for one image, by its name."""
+    return {name: n // _IMAGES for counter in _count(student, image_shape) for name, n in counter.layers.items()}
+
+
+def _count(student: Chain, image_shape: tuple[int, ...]) -> list[_Counter]:
     dtype = quantized_layers(student)[0][1].weight.dtype
+    counters = []
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        x = torch.empty(2, *image_shape, dtype=dtype)  # two images: some networks take one for none
+        x = torch.empty(_IMAGES, *image_shape, dtype=dtype)
         for unit in student.units:
             assert isinstance(unit, fx.GraphModule)
-            counter = _Counter(unit)
-            x = counter.run(x)
-            quantized, total = quantized + counter.quantized, total + counter.total
-    return quantized // 2, total // 2
+            counters.append(_Counter(unit))
+            x = counters[-1].run(x)
+    return counters

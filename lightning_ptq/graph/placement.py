@@ -40,12 +40,14 @@ class Placement:
         gm: the float network; its quantizer nodes call `ActQuantizer`s.
         layers: quantizable layer node -> its bits; `act_bits` are those of the quantizer that it reads.
         products: nodes that multiply two activations -> their names.
+        fixed: layers whose bits follow from the edge policy or an override.
         quantizers: quantizer nodes.
     """
 
     gm: fx.GraphModule
     layers: dict[fx.Node, LayerBits]
     products: dict[fx.Node, str]
+    fixed: frozenset[fx.Node]
     quantizers: frozenset[fx.Node]
 
 
@@ -82,7 +84,11 @@ def place_quantizers(gm: fx.GraphModule, config: QuantConfig) -> Placement:
         quantizers.add(insert_quantizer(gm, producer, kind(bits, config.act_symmetric)))
         bits_of.update({node: LayerBits(wanted[node].weight_bits, bits) for node in group})
     gm.recompile()
-    return Placement(gm, {node: bits_of[node] for node in nodes}, products, frozenset(quantizers))
+    fixed = {n for n in nodes if config.fixes(str(n.target), first=n in first, last=n in last)}
+    # What a product reads too is not one layer's to choose.
+    fixed |= {n for n in nodes if any(reader in products for reader in n.all_input_nodes[0].users)}
+    layers = {node: bits_of[node] for node in nodes}
+    return Placement(gm, layers, products, frozenset(fixed), frozenset(quantizers))
 
 
 def products_of_activations(gm: fx.GraphModule) -> list[fx.Node]:

@@ -1,0 +1,133 @@
+"""Mixed precision: bits of every weight and activation that cost least accuracy within a budget, found exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import lil_matrix
+
+from lightning_ptq.config import Budget
+from lightning_ptq.errors import PTQError
+from lightning_ptq.graph import LayerPlan
+from lightning_ptq.graph.units import Chain
+from lightning_ptq.quantizers import ActQuantizer
+from lightning_ptq.sensitivity import BITS, Sensitivity
+
+# What is left of a weight's error at 2, 3, 4 and 8 bits once its rounding is learned. Rounded to nearest, as
+# sensitivities are measured, 2-bit weights seem far worse than they turn out (`python -m benchmarks.rounding_gain`).
+LEARNED = {2: 0.1, 3: 0.2, 4: 0.3, 8: 1.0}
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Bits for each layer's weight and for each activation quantizer, by name.
+
+    Attributes:
+        error: what the sensitivities add up to. cost: share of what `bits` bits throughout would cost, squared for bit
+            operations: average_bits ** 2 is the budget there.
+    """
+
+    weights: dict[str, int]
+    activations: dict[str, int]
+    error: float
+    cost: float
+
+
+def allocate(
+    layers: Sequence[LayerPlan],
+    found: Sequence[Sensitivity],
+    multiply_adds: Mapping[str, int],
+    average_bits: float,
+    budget: Budget,
+    learned: bool,
+) -> Allocation:
+    """The bits of all layers that are not fixed, with the least sum of errors within the budget; exact.
+
+    "bops": multiply-adds times bits of both factors, at most what `average_bits` bits for everything would take;
+    "size": bits of weights, at most `average_bits` on average, while activations keep theirs.
+
+    Args:
+        found: sensitivities of all these layers' weights and of what they read.
+        multiply_adds: of each layer for one image.
+        learned: weights will be rounded by learning, not to nearest.
+
+    Raises:
+        PTQError: nothing is free to choose, or no choice is cheap enough.
+    """
+    free = [layer for layer in layers if not layer.fixed]
+    if not free:
+        raise PTQError("average_bits has nothing to choose: every layer's bits are fixed by edges or overrides.")
+    left = LEARNED if learned else dict.fromkeys(BITS, 1.0)
+    errors = {(s.kind, s.name, s.bits): s.error * (left[s.bits] if s.kind == "weight" else 1.0) for s in found}
+    tensors = sorted({layer.reads for layer in free})
+    # An activation is free if all that read it are, and only bit operations pay for it.
+    held = {layer.reads: layer.act_bits for layer in layers if layer.fixed or budget == "size"}
+    choices = {name: [held[name]] if name in held else list(BITS) for name in tensors}
+    pairs = [(layer, w, a) for layer in free for w in BITS for a in choices[layer.reads]]
+    activations = [(name, a) for name in tensors for a in choices[name]]
+    count = len(pairs) + len(activations)
+
+    price = [multiply_adds[layer.name] * w * a if budget == "bops" else layer.parameters * w for layer, w, a in pairs]
+    unit_price = sum(multiply_adds[layer.name] if budget == "bops" else layer.parameters for layer in free)
+    limit = unit_price * average_bits ** (2 if budget == "bops" else 1)
+    loss = [errors["weight", layer.name, w] for layer, w, _ in pairs]
+    loss += [0.0 if name in held else errors["activation", name, a] for name, a in activations]
+
+    # One choice for each layer; a layer's choice of activation bits is that of the tensor which it reads.
+    rows = lil_matrix((len(free) + len(free) * len(BITS) + len(tensors) + 1, count))
+    lower, upper = [], []
+    row = 0
+    for layer in free:
+        mine = [i for i, pair in enumerate(pairs) if pair[0] is layer]
+        rows[row, mine] = 1
+        lower.append(1.0)
+        upper.append(1.0)
+        row += 1
+        for a in choices[layer.reads]:
+            rows[row, [i for i in mine if pairs[i][2] == a]] = 1
+            rows[row, len(pairs) + activations.index((layer.reads, a))] = -1
+            lower.append(0.0)
+            upper.append(0.0)
+            row += 1
+    for name in tensors:
+        rows[row, [len(pairs) + i for i, (tensor, _) in enumerate(activations) if tensor == name]] = 1
+        lower.append(1.0)
+        upper.append(1.0)
+        row += 1
+    rows[row, : len(pairs)] = np.array(price) / limit
+    lower.append(0.0)
+    upper.append(1.0)
+    result = milp(
+        np.array(loss) / max(max(loss), 1e-30),
+        constraints=LinearConstraint(rows[: row + 1].tocsr(), lower, upper),
+        integrality=np.ones(count),
+        bounds=Bounds(0, 1),
+    )
+    if result.x is None:
+        raise PTQError(
+            f"average_bits={average_bits} is too little: no choice of {', '.join(map(str, BITS))} bits is that cheap. "
+            f"Give {min(BITS)} or more, or budget='size'."
+        )
+    chosen = result.x > 0.5
+    taken = [pair for pair, on in zip(pairs, chosen, strict=False) if on]
+    cost = sum(p for p, on in zip(price, chosen, strict=False) if on) / unit_price
+    return Allocation(
+        {layer.name: w for layer, w, _ in taken},
+        {layer.reads: a for layer, _, a in taken},
+        float(np.array(loss)[chosen].sum()),
+        float(cost),
+    )
+
+
+def apply(student: Chain, weights: Mapping[str, int], activations: Mapping[str, int]) -> None:
+    """Give the named layers' weights and the named activation quantizers these bits; they must have no ranges yet."""
+    for name, bits in weights.items():
+        layer = student.find(name)
+        layer.weight_quantizer.set_bits(bits)  # type: ignore[union-attr,operator]
+    for name, bits in activations.items():
+        quantizer = student.find(name)
+        assert isinstance(quantizer, ActQuantizer)
+        quantizer.set_bits(bits)

@@ -1,0 +1,126 @@
+"""What each weight and each activation costs at each number of bits, all else in floating point."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_ptq.cache import run_chunked
+from lightning_ptq.calibration import Gather, observe, weight_range
+from lightning_ptq.config import QuantConfig
+from lightning_ptq.graph.units import Chain
+from lightning_ptq.importance import channel_fisher
+from lightning_ptq.layers import quantized_layers
+from lightning_ptq.losses.base import channels_first
+from lightning_ptq.losses.critic import projected
+from lightning_ptq.metrics import mi_lower_bound
+from lightning_ptq.quantizers import ActQuantizer, float_mode, forget_ranges
+from lightning_ptq.weights import WeightQuantizer
+
+BITS = (2, 3, 4, 8)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What one tensor does to the network if it alone has `bits` bits, rounded to nearest.
+
+    Attributes:
+        name: of the layer whose weight it is, or of the activation's quantizer.
+        error: squared error of the network's output for one image, to first order: the unit's error, each channel
+            weighted by the squared gradient of the output with respect to it (Fisher information).
+        mi_drop: nats that the InfoNCE bound of the mutual information of the unit's output and the teacher's loses.
+    """
+
+    name: str
+    kind: Literal["weight", "activation"]
+    unit: str
+    bits: int
+    error: float
+    mi_drop: float
+
+
+def sensitivities(
+    teacher: Chain,
+    student: Chain,
+    images: Tensor,
+    config: QuantConfig,
+    device: torch.device,
+    gather: Gather,
+    bits: Sequence[int] = BITS,
+) -> list[Sensitivity]:
+    """Every weight and activation of `student` at every one of `bits`, in the network's order.
+
+    The student must have no ranges yet, and has none afterwards. Costs a pass of one unit for each entry.
+
+    Args:
+        images: (N, C, H, W) of this process. gather: tensor -> that tensor of every process.
+
+    Raises:
+        PTQError: what `observe` raises.
+    """
+    seen = observe(student, images, device, gather)
+    fisher = channel_fisher(teacher, images, device, gather)
+    found: list[Sensitivity] = []
+    x = images
+    with float_mode(student):
+        for k, name in enumerate(student.names):
+            unit, target = student.units[k], run_chunked(teacher.units[k], x, device)
+            dim, weights = student.channel_dim(k, target.shape), fisher[k].to(target.device)
+            best = _information(target, target, gather)
+            for tensor, quantizer, layer in _quantizers(unit):
+                for width in bits:
+                    with _alone(quantizer, width):
+                        if isinstance(quantizer, WeightQuantizer):
+                            assert layer is not None
+                            quantizer.set_range(layer, *weight_range(layer, quantizer, config))
+                        else:
+                            quantizer.start(seen[quantizer], config.act_range)
+                        out = run_chunked(unit, x, device)
+                    squares = (
+                        channels_first(out - target, dim).float().square().transpose(0, 1).flatten(1).sum(1)
+                    )  # (C,)
+                    error = float(_mean((squares * weights).sum() / len(x), gather))
+                    drop = best - _information(out, target, gather)
+                    kind: Literal["weight", "activation"] = "activation" if layer is None else "weight"
+                    found.append(Sensitivity(tensor, kind, name, width, error, drop))
+            x = target
+    forget_ranges(student)
+    return found
+
+
+def _quantizers(unit: torch.nn.Module) -> Iterator[tuple[str, WeightQuantizer | ActQuantizer, Tensor | None]]:
+    """(name, quantizer, its weight) of every quantizer in a unit; activations have no weight."""
+    layers = dict(quantized_layers(unit))
+    for name, module in unit.named_modules():
+        if isinstance(module, ActQuantizer):
+            yield name, module, None
+        elif name in layers:
+            yield name, layers[name].weight_quantizer, layers[name].weight
+
+
+@contextmanager
+def _alone(quantizer: WeightQuantizer | ActQuantizer, bits: int) -> Iterator[None]:
+    """Inside, `quantizer` has `bits` bits and can be given a range."""
+    before = quantizer.bits
+    quantizer.set_bits(bits)
+    try:
+        yield
+    finally:
+        quantizer.set_bits(before)
+        quantizer.enabled = False
+
+
+def _information(out: Tensor, target: Tensor, gather: Gather) -> float:
+    student, teacher = (torch.cat(list(gather(projected(x.float())))) for x in (out, target))
+    bound = mi_lower_bound(student, teacher)
+    return bound if math.isfinite(bound) else 0.0
+
+
+def _mean(x: Tensor, gather: Gather) -> Tensor:
+    return torch.stack(list(gather(x))).mean(0)
