@@ -2,8 +2,8 @@
 
     python -m benchmarks.rounding_gain --root FOLDER
 
-Units of ResNet-20 with 16-bit activations are calibrated at each number of bits; printed is the median over units of
-the reconstruction error after calibration, relative to that of rounding to nearest.
+Units of ResNet-20 that read float activations, with 16-bit ones inside, are calibrated at each number of bits; printed
+is the median over units of the reconstruction error after calibration, relative to that of rounding to nearest.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ def main() -> None:
             trained(args.model, args.root),
             QuantConfig(weight_bits=bits, act_bits=16),
             "adaround",
+            input="fp",
             granularity="block",
             steps_per_unit=args.steps,
             network_steps=0,

@@ -1,4 +1,4 @@
-"""The command line: `lightning-ptq fit|validate|test|predict|plan`."""
+"""The command line: `lightning-ptq fit|validate|test|predict|plan|sensitivity`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ import torch
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from torch import nn
 
+from lightning_ptq.calibration import RANGE_IMAGES
 from lightning_ptq.callbacks import PredictionFile
 from lightning_ptq.checks import check_run_folder
 from lightning_ptq.datamodule import CalibrationDataModule
 from lightning_ptq.errors import PTQError
+from lightning_ptq.front import front_data, front_text, pareto_front, plot_front
 from lightning_ptq.module import PTQModule
 from lightning_ptq.plan import plan_text
+from lightning_ptq.summary import write_json
 
 
 def build_module(model: nn.Module | str, weights: str | None = None, **kwargs: Any) -> PTQModule:
@@ -102,7 +106,7 @@ def _is_torchvision(model: nn.Module | str) -> bool:
 
 
 class Trainer(L.Trainer):
-    """Lightning's Trainer and one more subcommand."""
+    """Lightning's Trainer and two more subcommands."""
 
     def plan(self, model: L.LightningModule, datamodule: CalibrationDataModule | None = None) -> None:
         """Print each unit: layers, bits, shapes, parameters, cache size, and what stays float. Runs nothing."""
@@ -111,6 +115,25 @@ class Trainer(L.Trainer):
             raise PTQError("plan needs the images' shape. Give the data section of the config.")
         shape, samples = datamodule.image_shape, datamodule.calibration_samples
         print(plan_text(model.chains, model.quant, shape, samples, network=model.network_steps > 0))
+
+    def sensitivity(self, model: L.LightningModule, datamodule: CalibrationDataModule | None = None) -> None:
+        """Print what each tensor costs at 2, 3, 4 and 8 bits, and the best mixtures; both go to the run folder too."""
+        assert isinstance(model, PTQModule)
+        if datamodule is None:
+            raise PTQError("sensitivity needs calibration images. Give the data section of the config.")
+        folder, device = Path(self.default_root_dir), self.strategy.root_device
+        datamodule.setup("fit")
+        images = model.checked(datamodule.calibration_images())[:RANGE_IMAGES]
+        learned = model.method.rounding != "nearest"
+        found, front = pareto_front(model.to(device).chains, images, model.quant, device, learned)
+        print(front_text(found, front, model.quant.budget))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "sensitivity.json", front_data(found, front))
+        written = [folder / "sensitivity.json"]
+        if find_spec("matplotlib"):
+            written.append(folder / "sensitivity.png")
+            plot_front(front, model.quant.budget, written[-1])
+        print(f"\nwritten: {', '.join(map(str, written))}")
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -130,12 +153,12 @@ _FOUND_BY_LIGHTNING = ("best", "last", "hpc", "registry")
 
 
 class PTQCLI(LightningCLI):
-    """LightningCLI with the subcommand `plan`."""
+    """LightningCLI with the subcommands `plan` and `sensitivity`."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Subcommands and the arguments that the command line provides itself."""
-        return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}}
+        return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}, "sensitivity": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The model is told what images it will see: `torch.export` needs to know."""

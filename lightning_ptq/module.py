@@ -438,7 +438,7 @@ class PTQModule(Evaluation):
         rank, size = self.global_rank, self.trainer.world_size
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         images = Images(
-            open=lambda: self._checked(data.calibration_images(rank, size)),
+            open=lambda: self.checked(data.calibration_images(rank, size)),
             batch_size=self.batch_size,
             policy=self.cache_policy,
             config=self.quant,
@@ -461,7 +461,7 @@ class PTQModule(Evaluation):
             strategy.model = strategy.lightning_module
             strategy.configure_ddp()
 
-    def _checked(self, images: Tensor) -> Tensor:
+    def checked(self, images: Tensor) -> Tensor:
         """The calibration images, before anything long is done with them."""
         self.teacher.check_images(images)
         self.augment.check(images)

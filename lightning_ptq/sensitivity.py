@@ -82,10 +82,8 @@ def sensitivities(
                         else:
                             quantizer.start(seen[quantizer], config.act_range)
                         out = run_chunked(unit, x, device)
-                    squares = (
-                        channels_first(out - target, dim).float().square().transpose(0, 1).flatten(1).sum(1)
-                    )  # (C,)
-                    error = float(_mean((squares * weights).sum() / len(x), gather))
+                    noise = channels_first(out - target, dim).float().transpose(0, 1).flatten(1)  # (C, N * positions)
+                    error = float(_mean((noise.square().sum(1) * weights).sum() / len(x), gather))
                     drop = best - _information(out, target, gather)
                     kind: Literal["weight", "activation"] = "activation" if layer is None else "weight"
                     found.append(Sensitivity(tensor, kind, name, width, error, drop))

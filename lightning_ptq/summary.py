@@ -84,6 +84,7 @@ def summarize(module: PTQModule, trainer: L.Trainer, metrics: dict[str, float]) 
         "contrastive": module.contrastive,
         "weight_bits": module.quant.weight_bits,
         "act_bits": module.quant.act_bits,
+        "bits": module.session.bits,
         "edges": module.quant.edges,
         "placement": module.quant.placement,
         "granularity": module.method.granularity,

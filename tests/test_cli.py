@@ -55,6 +55,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return summary.parent
 
 
+def test_sensitivity_prints_the_front_and_leaves_it_in_the_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("sensitivity", QUICKSTART, f"--trainer.default_root_dir={tmp_path}")
+    assert "average_bits" in capsys.readouterr().out
+    front = json.loads((tmp_path / "sensitivity.json").read_text())["front"]
+    assert [point["average_bits"] for point in front][:2] == [2.0, 2.5]
+    assert (tmp_path / "sensitivity.png").exists()
+
+
 def test_a_network_beside_the_caller_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -56,12 +56,9 @@ def test_a_transformer_resumes_bit_equal(tmp_path: Path) -> None:
     whole = module_of(vit(), steps_per_unit=6)
     trainer(tmp_path / "whole").fit(whole, datamodule=data_of(vit()))
     stopped = module_of(vit(), steps_per_unit=6)
-    first = trainer(tmp_path / "stopped", max_steps=8)
-    first.fit(stopped, datamodule=data_of(vit()))
-    resumed = module_of(vit(), steps_per_unit=6)
-    path = tmp_path / "stopped" / "middle.ckpt"
-    first.save_checkpoint(path)
-    trainer(tmp_path / "stopped").fit(resumed, datamodule=data_of(vit()), ckpt_path=path)
+    trainer(tmp_path / "stopped", max_steps=8).fit(stopped, datamodule=data_of(vit()))
+    resumed, last = module_of(vit(), steps_per_unit=6), tmp_path / "stopped" / "checkpoints" / "last.ckpt"
+    trainer(tmp_path / "stopped").fit(resumed, datamodule=data_of(vit()), ckpt_path=last)
     assert_equal_states(quantization_state(whole), quantization_state(resumed))
 
 

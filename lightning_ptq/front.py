@@ -1,0 +1,92 @@
+"""Sensitivities and the Pareto front of mixed precision as text, JSON and a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ptq.allocation import Allocation, allocate
+from lightning_ptq.config import Budget, QuantConfig
+from lightning_ptq.errors import PTQError
+from lightning_ptq.graph import ChainPair
+from lightning_ptq.graph.arithmetic import layer_multiply_adds
+from lightning_ptq.quantizers import weight_quantizers
+from lightning_ptq.sensitivity import BITS, Sensitivity, sensitivities
+
+AVERAGES = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
+
+
+def pareto_front(
+    chains: ChainPair, images: Tensor, quant: QuantConfig, device: torch.device, learned: bool
+) -> tuple[list[Sensitivity], dict[float, Allocation]]:
+    """What each tensor costs at each number of bits, and the best mixture for each average; trains nothing.
+
+    Args:
+        images: (N, C, H, W) to measure on. learned: the rounding will be learned.
+
+    Raises:
+        PTQError: the student has ranges already, or nothing is free to choose.
+    """
+    if any(q.enabled for q in weight_quantizers(chains.student)):
+        raise PTQError("sensitivities are measured before calibration, and this network has ranges already.")
+    found = sensitivities(chains.teacher, chains.student, images, quant, device, lambda x: x[None])
+    costs = layer_multiply_adds(chains.student, tuple(images.shape[1:]))
+    return found, {bits: allocate(chains.layers, found, costs, bits, quant.budget, learned) for bits in AVERAGES}
+
+
+def front_text(found: Sequence[Sensitivity], front: Mapping[float, Allocation], budget: Budget) -> str:
+    """Tables: every tensor and every unit at each number of bits, then the front."""
+    columns = "".join(f"{f'{bits} bits':>12}" for bits in BITS)
+    lines = ["Error of the network's output, to first order, if one tensor alone is quantized (MI drop in nats)", ""]
+    lines.append(f"{'tensor':<36} {columns}  {'MI drop at 2 bits':>18}")
+    by_name: dict[tuple[str, str], dict[int, Sensitivity]] = {}
+    for s in found:
+        by_name.setdefault((s.kind, s.name), {})[s.bits] = s
+    for (_, name), row in by_name.items():
+        errors = "".join(f"{row[bits].error:>12.4g}" for bits in BITS)
+        lines.append(f"{name:<36} {errors}  {row[BITS[0]].mi_drop:>18.3f}")
+    lines += ["", f"{'unit, all its tensors':<36} {columns}"]
+    for unit in dict.fromkeys(s.unit for s in found):
+        sums = (sum(s.error for s in found if (s.unit, s.bits) == (unit, bits)) for bits in BITS)
+        lines.append(f"{unit:<36} " + "".join(f"{total:>12.4g}" for total in sums))
+    price = "bits of both factors, multiplied and averaged" if budget == "bops" else "bits of weights, averaged"
+    lines += ["", f"{'average_bits':<14} {'error':>10}  {price}"]
+    lines += [f"{bits:<14g} {best.error:>10.4g}  {best.cost:.2f}" for bits, best in front.items()]
+    return "\n".join(lines)
+
+
+def front_data(found: Sequence[Sensitivity], front: Mapping[float, Allocation]) -> dict[str, Any]:
+    """The same in plain values, with the bits of every allocation."""
+    return {
+        "sensitivities": [asdict(s) for s in found],
+        "front": [{"average_bits": bits, **asdict(best)} for bits, best in front.items()],
+    }
+
+
+def plot_front(front: Mapping[float, Allocation], budget: Budget, path: Path) -> None:
+    """Error against cost, as a PNG.
+
+    Raises:
+        PTQError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise PTQError("the plot needs matplotlib: pip install matplotlib, or leave the plot out.") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    axes.plot([best.cost for best in front.values()], [best.error for best in front.values()], marker="o")
+    for bits, best in front.items():
+        axes.annotate(f"{bits:g}", (best.cost, best.error), textcoords="offset points", xytext=(5, 5), fontsize=8)
+    label = "bit operations a multiply-add" if budget == "bops" else "bits a weight"
+    axes.set(xlabel=f"{label} (numbers: average_bits)", ylabel="error of the output, to first order", yscale="log")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
