@@ -1,4 +1,4 @@
-"""Small models of the census (`benchmarks/census.py`): one model of every kind, captured, cut, calibrated, evaluated."""
+"""Small models of the census (`benchmarks/census.py`), one of every kind: captured, cut, calibrated, evaluated."""
 
 import pytest
 
