@@ -28,8 +28,9 @@ class Allocation:
     """Bits for each layer's weight and for each activation quantizer, by name.
 
     Attributes:
-        error: what the sensitivities add up to. cost: share of what `bits` bits throughout would cost, squared for bit
-            operations: average_bits ** 2 is the budget there.
+        error: what the sensitivities add up to.
+        cost: bits of both factors of a multiply-add, multiplied, on average over the multiply-adds of the layers that
+            are free; for a budget of size, bits of a weight on average.
     """
 
     weights: dict[str, int]
@@ -46,10 +47,11 @@ def allocate(
     budget: Budget,
     learned: bool,
 ) -> Allocation:
-    """The bits of all layers that are not fixed, with the least sum of errors within the budget; exact.
+    """The bits of all layers that are not fixed, with the least sum of errors within the budget.
 
-    "bops": multiply-adds times bits of both factors, at most what `average_bits` bits for everything would take;
-    "size": bits of weights, at most `average_bits` on average, while activations keep theirs.
+    The budget is that of these layers; fixed ones, and products of activations, neither pay nor are paid for. "bops":
+    multiply-adds times bits of both factors, at most what `average_bits` bits for everything would take; "size": bits
+    of parameters, at most `average_bits` on average, while activations keep theirs. Solved to optimality.
 
     Args:
         found: sensitivities of all these layers' weights and of what they read.
@@ -107,11 +109,12 @@ def allocate(
         constraints=LinearConstraint(rows[: row + 1].tocsr(), lower, upper),
         integrality=np.ones(count),
         bounds=Bounds(0, 1),
+        options={"mip_rel_gap": 0.0},
     )
     if result.x is None:
         raise PTQError(
-            f"average_bits={average_bits} is too little: no choice of {', '.join(map(str, BITS))} bits is that cheap. "
-            f"Give {min(BITS)} or more, or budget='size'."
+            f"average_bits={average_bits:g} is too little: with what edges and overrides fix, no choice of "
+            f"{', '.join(map(str, BITS))} bits is that cheap. Give more, or fix less."
         )
     chosen = result.x > 0.5
     taken = [pair for pair, on in zip(pairs, chosen, strict=False) if on]

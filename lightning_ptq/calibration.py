@@ -152,7 +152,8 @@ def finish_unit(
     if not accepted:
         restore_initial(unit)
         out, after = cache.student_out(), before
-    return report(name, unit, out[rows], target, (before, after), accepted, mean), out
+    both = channels_first(out[rows], dim), channels_first(target, dim)
+    return report(name, unit, *both, (before, after), accepted, mean), out
 
 
 def report(

@@ -117,11 +117,15 @@ class Trainer(L.Trainer):
         print(plan_text(model.chains, model.quant, shape, samples, network=model.network_steps > 0))
 
     def sensitivity(self, model: L.LightningModule, datamodule: CalibrationDataModule | None = None) -> None:
-        """Print what each tensor costs at 2, 3, 4 and 8 bits, and the best mixtures; both go to the run folder too."""
+        """Print what each tensor costs at 2, 3, 4 and 8 bits, and the best mixtures.
+
+        Both go to `trainer.default_root_dir` too, in place of what lies there.
+        """
         assert isinstance(model, PTQModule)
         if datamodule is None:
             raise PTQError("sensitivity needs calibration images. Give the data section of the config.")
         folder, device = Path(self.default_root_dir), self.strategy.root_device
+        datamodule.prepare_data()
         datamodule.setup("fit")
         images = model.checked(datamodule.calibration_images())[:RANGE_IMAGES]
         learned = model.method.rounding != "nearest"
@@ -176,7 +180,11 @@ class PTQCLI(LightningCLI):
 
 
 def _image_shape(data: CalibrationDataModule | None) -> tuple[int, ...] | None:
-    return None if data is None else data.image_shape
+    """Shape of the images where it can be told now: not before they are downloaded, or without calibration images."""
+    try:
+        return None if data is None else data.image_shape
+    except Exception:  # whatever a user's datamodule raises; whoever needs the images says what is wrong with them
+        return None
 
 
 def _is_news(record: logging.LogRecord) -> bool:

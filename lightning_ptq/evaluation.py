@@ -10,7 +10,7 @@ from torchmetrics import Metric
 
 from lightning_ptq.errors import PTQError
 from lightning_ptq.graph import Chain
-from lightning_ptq.metrics import MEASURES, NO_LABEL, classes
+from lightning_ptq.metrics import MEASURES, NO_LABEL, classes, has_classes
 from lightning_ptq.quantizers import initial_ranges, weight_quantizers
 
 
@@ -39,8 +39,11 @@ class Evaluation(L.LightningModule):
         images = self.teacher.laid_out(images, images.device)
         outputs = {"teacher": self.teacher(images)}
         teacher = outputs["teacher"]
-        if labels is not None and teacher.dim() == 2 and len(labels):
-            _check_labels(int(labels.max()), teacher.shape[1])
+        if labels is not None and teacher.dim() > 2:
+            labels = pixel_labels(labels, teacher)
+        if labels is not None and has_classes(teacher) and labels.shape == teacher.select(1, 0).shape:
+            counted = labels[labels != NO_LABEL] if teacher.dim() > 2 else labels
+            _check_labels(int(counted.max()) if len(counted) else 0, teacher.shape[1])
         if self.trainer.sanity_checking:
             return  # images and labels have passed; what Lightning measures here it throws away
         outputs["student"] = self.student(images)
@@ -59,7 +62,6 @@ class Evaluation(L.LightningModule):
         if not has_classes(output) or labels.shape != (predicted := classes(output)).shape:
             return
         if output.dim() > 2:
-            labels = labels.long()
             self._measure(f"{name}_miou", output, labels)
             predicted, labels = (x[labels != NO_LABEL] for x in (predicted, labels))
         self._measure(f"{name}_top1", predicted, labels)
@@ -92,9 +94,12 @@ class Evaluation(L.LightningModule):
         self.log(name, metric, on_step=False, on_epoch=True, batch_size=len(result))
 
 
-def has_classes(output: Tensor) -> bool:
-    """Whether an output (N, C, ...) can be scores of classes: a single number for each position can't."""
-    return output.dim() >= 2 and output.shape[1] > 1
+def pixel_labels(labels: Tensor, output: Tensor) -> Tensor:
+    """Labels (N, ...) of an output (N, C, ...); a dimension of one channel goes, and negative ones are `NO_LABEL`."""
+    if labels.dim() == output.dim() and labels.shape[1] == 1:
+        labels = labels.squeeze(1)
+    labels = labels.long()
+    return labels.where(labels >= 0, NO_LABEL)
 
 
 def _check_labels(largest: int, outputs: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lightning_ptq.allocation import Allocation, allocate
 from lightning_ptq.config import Budget, QuantConfig
+from lightning_ptq.equalize import equalize_norms
 from lightning_ptq.errors import PTQError
 from lightning_ptq.graph import ChainPair
 from lightning_ptq.graph.arithmetic import layer_multiply_adds
@@ -34,9 +36,33 @@ def pareto_front(
     """
     if any(q.enabled for q in weight_quantizers(chains.student)):
         raise PTQError("sensitivities are measured before calibration, and this network has ranges already.")
-    found = sensitivities(chains.teacher, chains.student, images, quant, device, lambda x: x[None])
+    equalize_norms(chains.student, images, quant.norms, device, _alone)
+    found = sensitivities(chains.teacher, chains.student, images, quant, device, _alone)
     costs = layer_multiply_adds(chains.student, tuple(images.shape[1:]))
-    return found, {bits: allocate(chains.layers, found, costs, bits, quant.budget, learned) for bits in AVERAGES}
+    front = {bits: _best(chains, found, costs, bits, quant.budget, learned) for bits in AVERAGES}
+    feasible = {bits: best for bits, best in front.items() if best is not None}
+    if not feasible:
+        raise PTQError("edges and overrides fix so much that nothing is left to choose. Fix less.")
+    return found, feasible
+
+
+def _best(
+    chains: ChainPair,
+    found: Sequence[Sensitivity],
+    costs: Mapping[str, int],
+    bits: float,
+    budget: Budget,
+    learned: bool,
+) -> Allocation | None:
+    """The best allocation; None if so few bits are too few for what is fixed."""
+    try:
+        return allocate(chains.layers, found, costs, bits, budget, learned)
+    except PTQError:
+        return None
+
+
+def _alone(x: Tensor) -> Tensor:
+    return x[None]
 
 
 def front_text(found: Sequence[Sensitivity], front: Mapping[float, Allocation], budget: Budget) -> str:
@@ -62,10 +88,16 @@ def front_text(found: Sequence[Sensitivity], front: Mapping[float, Allocation], 
 
 def front_data(found: Sequence[Sensitivity], front: Mapping[float, Allocation]) -> dict[str, Any]:
     """The same in plain values, with the bits of every allocation."""
+    plain = [asdict(s) for s in found]
     return {
-        "sensitivities": [asdict(s) for s in found],
+        "sensitivities": [{key: finite(value) for key, value in row.items()} for row in plain],
         "front": [{"average_bits": bits, **asdict(best)} for bits, best in front.items()],
     }
+
+
+def finite(value: Any) -> Any:
+    """`value`, or None in place of what JSON has not: infinity and NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def plot_front(front: Mapping[float, Allocation], budget: Budget, path: Path) -> None:

@@ -183,7 +183,7 @@ class OutputSQNR(Metric):
 
     def compute(self) -> Tensor:
         """Decibels, shape ()."""
-        return 10.0 * torch.log10(self.sums[0] / self.sums[1])
+        return torch.tensor(decibels(*self.sums.tolist()))
 
 
 # What a validation measures: percent, and decibels.
@@ -199,6 +199,11 @@ MEASURES: dict[str, type[Metric]] = {
     "nearest_sqnr_db": OutputSQNR,
     "student_sqnr_db": OutputSQNR,
 }
+
+
+def has_classes(output: Tensor) -> bool:
+    """Whether an output (N, C, ...) can be scores of classes: a single number for each position can't."""
+    return output.dim() >= 2 and output.shape[1] > 1
 
 
 def classes(output: Tensor) -> Tensor:

@@ -524,7 +524,7 @@ class PTQModule(Evaluation):
             with self.trainer.precision_plugin.forward_context():
                 return chain(x, start=start, stop=start + units)  # type: ignore[no-any-return]
 
-        return Tail(run, len(chain) - start)
+        return Tail(run, len(chain) - start, lambda units, shape: chain.channel_dim(start + units - 1, shape))
 
     def _set_rates(self, **rates: float) -> None:
         """Learning rates of the named groups, 0 for others; anew at each step, so resuming needs no scheduler."""

@@ -22,7 +22,7 @@ def unit_shapes(chain: Chain, image_shape: tuple[int, ...]) -> list[tuple[int, .
     """
     shapes = [tuple(image_shape)]
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        x = torch.empty(1, *image_shape)
+        x = torch.empty(1, *image_shape, device=next(chain.parameters()).device)
         chain.check_images(x)
         for name, unit in zip(chain.names, chain.units, strict=True):
             try:
@@ -68,6 +68,8 @@ def plan_text(
         cache = samples * 4 * (_numel(shapes[0]) + _numel(shapes[-2]) + _numel(shapes[-1]))
         title = f"{len(chains.student) + 1:>3}  {NETWORK}"
         lines.append(f"{title:<32} {_shape(shapes[-1]):>15} {0:>12,} {cache / 2**20:>10.1f}")
+    if quant.average_bits is not None:
+        lines += ["", f"bits that nothing fixes are chosen when a fit starts, {quant.average_bits:g} on average"]
     quantized, total = multiply_adds(chains.student, image_shape)
     lines += ["", f"{100 * quantized / max(total, 1):.2f} % of {total:,} multiply-adds for one image are quantized"]
     if chains.products:

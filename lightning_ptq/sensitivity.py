@@ -72,7 +72,8 @@ def sensitivities(
         for k, name in enumerate(student.names):
             unit, target = student.units[k], run_chunked(teacher.units[k], x, device)
             dim, weights = student.channel_dim(k, target.shape), fisher[k].to(target.device)
-            best = _information(target, target, gather)
+            wanted = channels_first(target, dim)
+            best = _information(wanted, wanted, gather)
             for tensor, quantizer, layer in _quantizers(unit):
                 for width in bits:
                     with _alone(quantizer, width):
@@ -81,10 +82,10 @@ def sensitivities(
                             quantizer.set_range(layer, *weight_range(layer, quantizer, config))
                         else:
                             quantizer.start(seen[quantizer], config.act_range)
-                        out = run_chunked(unit, x, device)
-                    noise = channels_first(out - target, dim).float().transpose(0, 1).flatten(1)  # (C, N * positions)
+                        out = channels_first(run_chunked(unit, x, device), dim)
+                    noise = (out - wanted).float().transpose(0, 1).flatten(1)  # (C, N * positions)
                     error = float(_mean((noise.square().sum(1) * weights).sum() / len(x), gather))
-                    drop = best - _information(out, target, gather)
+                    drop = best - _information(out, wanted, gather)
                     kind: Literal["weight", "activation"] = "activation" if layer is None else "weight"
                     found.append(Sensitivity(tensor, kind, name, width, error, drop))
             x = target

@@ -21,7 +21,7 @@ from lightning_ptq.graph import Chain, LayerPlan
 from lightning_ptq.graph.arithmetic import layer_multiply_adds
 from lightning_ptq.importance import channel_importance
 from lightning_ptq.methods import Weighting
-from lightning_ptq.metrics import classes
+from lightning_ptq.metrics import classes, has_classes
 from lightning_ptq.network import NetworkCache, NetworkStart, finish_network
 from lightning_ptq.quantizers import weight_quantizers
 from lightning_ptq.sensitivity import sensitivities
@@ -185,8 +185,9 @@ class Session:
         self.reports.append(replace(report, seconds=seconds))
         if unit >= len(self.student) - 1:  # the output is the network's
             drawn, cache = slice(self.cache.drawn), self.cache
-            agreed = (classes(out[drawn]) == classes(cache.features[drawn])).float().mean()
-            self.calibration_agreement = 100.0 * float(mean(agreed))
+            if has_classes(out):
+                agreed = (classes(out[drawn]) == classes(cache.features[drawn])).float().mean()
+                self.calibration_agreement = 100.0 * float(mean(agreed))
         self.wall_seconds["calibration"] += seconds
         self._unit_clock = time.monotonic()
         return self.reports[-1]
@@ -235,8 +236,8 @@ class Session:
         share = min(-(-RANGE_IMAGES // world.size), len(images) - held_out)
         if not all(q.enabled for q in weight_quantizers(self.student)):
             start = time.monotonic()
-            self._choose_bits(images[:share], data, world)
             equalize_norms(self.student, images[:share], data.config.norms, world.device, world.gather)
+            self._choose_bits(images[:share], data, world)
             estimate_ranges(self.student, images[:share], data.config, world.device, world.gather)
             self.wall_seconds["ranges"] += time.monotonic() - start
         if data.weighting == "fisher":
@@ -248,7 +249,8 @@ class Session:
         average = data.config.average_bits
         if average is None:
             return
-        found = sensitivities(self.teacher, self.student, images, data.config, world.device, world.gather)
+        least = int(world.gather(torch.tensor([len(images)])).min())  # rows of all processes are put together
+        found = sensitivities(self.teacher, self.student, images[:least], data.config, world.device, world.gather)
         costs = layer_multiply_adds(self.student, tuple(images.shape[1:]))
         chosen = allocate(data.layers, found, costs, average, data.config.budget, data.learned)
         self.use_bits({"weights": chosen.weights, "activations": chosen.activations})

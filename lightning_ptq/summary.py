@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import resource
 import sys
@@ -16,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_ptq.checks import check_run_folder, run_folder
+from lightning_ptq.front import finite
 from lightning_ptq.metrics import MEASURES
 from lightning_ptq.network import NETWORK
 
@@ -84,7 +84,11 @@ def summarize(module: PTQModule, trainer: L.Trainer, metrics: dict[str, float]) 
         "contrastive": module.contrastive,
         "weight_bits": module.quant.weight_bits,
         "act_bits": module.quant.act_bits,
+        "average_bits": module.quant.average_bits,
+        "budget": module.quant.budget,
         "bits": module.session.bits,
+        "norms": module.quant.norms,
+        "softmax": module.quant.softmax,
         "edges": module.quant.edges,
         "placement": module.quant.placement,
         "granularity": module.method.granularity,
@@ -94,7 +98,7 @@ def summarize(module: PTQModule, trainer: L.Trainer, metrics: dict[str, float]) 
         "network_steps": module.network_steps,
         "complete": len(module.reports) == len(module.epoch_names),
         **{key: metrics.get(key) for key in ("teacher_top1", "nearest_top1", "student_top1")},
-        **{key: _finite(metrics.get(key)) for key in MEASURES if key.endswith(("miou", "sqnr_db"))},
+        **{key: finite(metrics.get(key)) for key in MEASURES if key.endswith(("miou", "sqnr_db"))},
         "teacher_agreement": metrics.get("student_agreement"),
         "nearest_agreement": metrics.get("nearest_agreement"),
         "calibration_agreement": module.session.calibration_agreement,
@@ -104,15 +108,10 @@ def summarize(module: PTQModule, trainer: L.Trainer, metrics: dict[str, float]) 
         "peak_device_bytes": torch.cuda.max_memory_allocated(module.device) if module.device.type == "cuda" else 0,
         # JSON has no infinity: an SQNR without noise, or of a constant output, is null.
         "units": [
-            {key: _finite(value) for key, value in unit.items()}
+            {key: finite(value) for key, value in unit.items()}
             for unit in (report.to_dict() for report in module.reports)
         ],
     }
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def overfit_gap(calibration: float | None, validation: float | None) -> float | None:
@@ -126,7 +125,8 @@ def table(summary: dict[str, Any]) -> str:
     def cell(value: float | None) -> str:
         return f"{value:9.2f}" if value is not None else "        -"
 
-    bits = f"W{summary['weight_bits']}A{summary['act_bits']}"
+    average = summary["average_bits"]
+    bits = f"W{summary['weight_bits']}A{summary['act_bits']}" if average is None else f"{average:g} bits on average"
     rows = [
         ("teacher, float32", summary["teacher_top1"], 100.0 if summary["teacher_agreement"] is not None else None),
         (f"nearest, {bits}", summary["nearest_top1"], summary["nearest_agreement"]),

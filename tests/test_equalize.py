@@ -1,4 +1,4 @@
-"""Bringing channels together changes no number, makes ranges equal, and survives a checkpoint."""
+"""Bringing channels together changes no number and makes ranges equal."""
 
 from __future__ import annotations
 
@@ -107,3 +107,49 @@ def test_channels_that_do_not_move_are_not_blown_up() -> None:
     factor, shift = factors(torch.zeros(2), torch.zeros(2), torch.ones(2), "ranges")
     assert factor.tolist() == [1.0, 1.0]
     assert shift.tolist() == [0.0, 0.0]
+
+
+def test_a_weight_that_is_used_twice_is_folded_for_one_use_only() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm, self.fc = nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.stem(x)
+            return nn.functional.linear(y, self.fc.weight) + self.fc(self.norm(y))
+
+    torch.manual_seed(0)
+    model, x = Tied().eval().double(), torch.randn(40, 6, dtype=torch.float64)
+    nn.init.uniform_(model.norm.weight, 0.5, 4)
+    pair = build_chain(model, QuantConfig(), "block")
+    assert len(pair.student.norms) == 1
+    equalize_norms(pair.student, x, "ranges", CPU, alone)
+    with torch.no_grad():
+        for chain in (pair.teacher, pair.student):
+            torch.testing.assert_close(chain(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("move", "found"),
+    [
+        (lambda y: y.permute(1, 0, 2), 1),
+        (lambda y: torch.permute(y, dims=(1, 0, 2)), 1),
+        (lambda y: y[:, 1:], 1),
+        (lambda y: y.reshape(-1, 6), 1),
+        (lambda y: y[..., [2, 0, 1, 3, 4, 5]], 0),
+        (lambda y: y.roll(1, -1), 0),
+        (lambda y: torch.nn.functional.pad(y, (0, 0, 1, 0)), 0),
+    ],
+)
+def test_only_moves_of_whole_channel_vectors_may_lie_between(move: Any, found: int) -> None:
+    class Moved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm, self.fc = nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(move(self.norm(self.stem(x))))
+
+    assert len(build_chain(Moved().eval(), QuantConfig(), "net").student.norms) == found
+    assert build_chain(Moved().eval(), QuantConfig(norms="none"), "net").student.norms == ()

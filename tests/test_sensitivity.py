@@ -159,3 +159,13 @@ def test_the_front_falls_and_is_written_down(tmp_path: Path) -> None:
     assert "unit, all its tensors" in text
     plot_front(front, "bops", tmp_path / "front.png")
     assert (tmp_path / "front.png").stat().st_size > 5000
+
+
+def test_points_that_are_too_little_for_what_is_fixed_are_left_out() -> None:
+    # Both convolutions of a block read what the first of them fixes.
+    quant = QuantConfig(overrides={"blocks.0.conv1": {"act_bits": 8}, "blocks.1.*": {"weight_bits": 8}})
+    _, front = pareto_front(chains(quant), tiny_images(32), quant, CPU, learned=True)
+    assert front
+    quant = QuantConfig(overrides={"*": {"weight_bits": 8}})
+    with pytest.raises(PTQError, match="nothing is left to choose"):
+        pareto_front(chains(quant), tiny_images(32), quant, CPU, learned=True)

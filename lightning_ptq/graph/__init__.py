@@ -13,9 +13,9 @@ from lightning_ptq.graph.attention import decompose_attention
 from lightning_ptq.graph.capture import capture
 from lightning_ptq.graph.constants import fold_constants
 from lightning_ptq.graph.cuts import computed, find_cuts, find_taps, slices
-from lightning_ptq.graph.fold import fold_batch_norm, normalise
+from lightning_ptq.graph.fold import fold_batch_norm, normalise, untie
 from lightning_ptq.graph.modularise import modularise
-from lightning_ptq.graph.norms import find_norms
+from lightning_ptq.graph.norms import find_norms, give_biases
 from lightning_ptq.graph.placement import FloatOp, Placement, float_ops, place_quantizers
 from lightning_ptq.graph.trace import any_layout_will_do
 from lightning_ptq.graph.units import Chain, build_unit, unit_names
@@ -89,11 +89,13 @@ def build_chain(
     gm = captured.gm
     normalise(gm)
     fold_constants(gm)
-    decompose_attention(gm)
+    decompose_attention(gm, leaf_modules)
     modularise(gm, leaf_modules)
+    untie(gm)
     fold_batch_norm(gm)
-    placement = place_quantizers(gm, config)
-    norms = find_norms(placement)
+    placement = place_quantizers(gm, config, leaf_modules)
+    norms = find_norms(placement) if config.norms != "none" else ()
+    give_biases(gm, norms)
     gm.requires_grad_(False)
     nodes = list(slices(computed(gm.graph), find_cuts(placement, granularity)))
     layers = plan_layers(placement, nodes)

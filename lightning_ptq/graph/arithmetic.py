@@ -60,10 +60,10 @@ def layer_multiply_adds(student: Chain, image_shape: tuple[int, ...]) -> dict[st
 
 
 def _count(student: Chain, image_shape: tuple[int, ...]) -> list[_Counter]:
-    dtype = quantized_layers(student)[0][1].weight.dtype
+    weight = quantized_layers(student)[0][1].weight
     counters = []
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        x = torch.empty(_IMAGES, *image_shape, dtype=dtype)
+        x = torch.empty(_IMAGES, *image_shape, dtype=weight.dtype, device=weight.device)
         for unit in student.units:
             assert isinstance(unit, fx.GraphModule)
             counters.append(_Counter(unit))

@@ -7,6 +7,7 @@ islands   fx again, with the modules that it cannot follow kept whole, in floati
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -64,7 +65,13 @@ def capture(model: nn.Module, leaf_modules: Sequence[str] = (), image_shape: Seq
     try:
         return Captured(exported(model, shape), shape)
     except Exception as error:
-        if traced is not None:  # it works, with less in integers or in larger units
+        if traced is not None:
+            warnings.warn(
+                f"{type(model).__name__}: some layers stay in floating point or in large units, since torch.export "
+                f"with images of shape {shape} says: {type(error).__name__}: {' '.join(str(error).split())[:300]}. "
+                "If your images have another shape, give image_shape=(C, H, W).",
+                stacklevel=2,
+            )
             return Captured(traced)
         assert failure is not None
         return with_islands(model, leaf_modules, failure, shape, error)
@@ -100,8 +107,9 @@ def hides_weights(gm: fx.GraphModule, leaf_modules: Sequence[str]) -> bool:
         if node.op == "call_module":
             module, name = gm.get_submodule(str(node.target)), str(node.target)
             asked = any(fnmatchcase(name, pattern) for pattern in leaf_modules)
-            whole = kinds[node] == "opaque" or isinstance(module, nn.MultiheadAttention)
-            if whole and not asked and next(module.parameters(), None) is not None:
+            whole = kinds[node] == "opaque" and next(module.parameters(), None) is not None
+            inside = any(is_quantizable(m) or isinstance(m, nn.MultiheadAttention) for m in module.modules())
+            if not asked and (whole or (inside and not is_quantizable(module))):
                 return True
         elif kinds[node] == "opaque" and any(source.op == "get_attr" for source in node.all_input_nodes):
             return True

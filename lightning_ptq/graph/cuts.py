@@ -74,11 +74,10 @@ def lives(values: Sequence[fx.Node], order: Mapping[fx.Node, int], places: int |
 def has_a_row_an_image(node: fx.Node) -> bool:
     """Whether a node's first dimension is the batch, as far as it is known; windows of an image may be rows as well."""
     shape = getattr(node.meta.get("val"), "shape", None)
-    return shape is None or (len(shape) > 0 and shape[0] == _batch_of(node))
-
-
-def _batch_of(node: fx.Node) -> Any:
-    return next(n for n in node.graph.nodes if n.op == "placeholder").meta["val"].shape[0]
+    if shape is None:
+        return True
+    images = next(iter(node.graph.find_nodes(op="placeholder"))).meta["val"]
+    return len(shape) > 0 and str(shape[0]) == str(images.shape[0])  # symbols: as numbers they have the example's value
 
 
 def find_cuts(placement: Placement, granularity: Granularity) -> list[int]:

@@ -7,7 +7,8 @@ The result looks as if fx had traced it, with functions in place of all modules 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -22,6 +23,8 @@ _NO_OPS = words("clone alias detach lift_fresh_copy lift_fresh contiguous dropou
 _CHECKS = words("_assert_tensor_metadata _assert_scalar sym_constrain_range sym_constrain_range_for_size")
 # What reads a tensor's type only.
 _NEW = words("new_zeros new_ones new_full zeros_like ones_like full_like")
+# What makes tensors on a device that it names.
+_FACTORIES = {name: getattr(torch.ops.aten, f"new_{name}").default for name in ("zeros", "ones", "full", "empty")}
 _END = 2**62
 
 
@@ -36,7 +39,7 @@ def exported(model: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     images = torch.zeros(2, *image_shape, dtype=dtype, device=device)
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), attention_written_out():
         warnings.simplefilter("ignore")  # about versions to come, of what torch itself calls
         program = export(model, (images,), dynamic_shapes=({0: Dim.DYNAMIC},), strict=False)
         gm = program.run_decompositions({}).module(check_guards=False)  # {}: nothing in place, all else as it is
@@ -52,6 +55,17 @@ def exported(model: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule:
     gm.graph.eliminate_dead_code()
     gm.graph._codegen = fx.graph.CodeGen()  # tensor in, tensor out: export's own takes and gives pytrees
     return fx.GraphModule(gm, gm.graph)
+
+
+@contextmanager
+def attention_written_out() -> Iterator[None]:
+    """Inside, torch's transformer modules call no fused kernel of their own, which nothing could look into."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def restore_stacks(gm: fx.GraphModule, model: nn.Module) -> None:
@@ -78,14 +92,32 @@ def simplify(gm: fx.GraphModule, node: fx.Node) -> None:
     elif name in ("view", "_unsafe_view"):
         node.target = torch.reshape
     elif name in _NEW and isinstance(value := node.meta.get("val"), Tensor) and all(map(_is_int, value.shape)):
-        node.args = (torch.empty(value.shape if name.endswith("like") else (), dtype=value.dtype), *args[1:])
-        node.args = (constant(gm, node, node.args[0]), *args[1:])
+        node.args = (constant(gm, node, value.shape if name.endswith("like") else ()), *args[1:])
+        node.kwargs = {}
+    elif name in _FACTORIES:
+        node.target = _FACTORIES[name]
+        node.args, node.kwargs = (constant(gm, node, ()), *args), {}
+    elif name in ("to", "_to_copy"):
+        unmove(node)
 
 
-def constant(gm: fx.GraphModule, node: fx.Node, value: Any) -> fx.Node:
-    """A node before `node` that fetches `value`."""
-    name = f"like_{node.name}"
-    gm.register_buffer(name, value)
+def unmove(node: fx.Node) -> None:
+    """Leave a conversion its type, not its device: the network may move after it was captured."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    dtype = node.meta["val"].dtype
+    if dtype == source.meta["val"].dtype:
+        node.replace_all_uses_with(source)
+        node.graph.erase_node(node)
+    else:
+        node.target, node.args, node.kwargs = torch.ops.aten.to.dtype, (source, dtype), {}
+
+
+def constant(gm: fx.GraphModule, node: fx.Node, shape: Sequence[int]) -> fx.Node:
+    """A node before `node` that fetches an empty tensor of the type of node's result, for what reads no more of it."""
+    name, value = f"like_{node.name}", node.meta["val"]
+    device = next((p.device for p in gm.parameters()), torch.device("cpu"))
+    gm.register_buffer(name, torch.empty(tuple(shape), dtype=value.dtype, device=device))
     with gm.graph.inserting_before(node):
         return gm.graph.get_attr(name)
 

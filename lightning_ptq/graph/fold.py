@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_ptq.errors import PTQError
-from lightning_ptq.graph.trace import is_torch_op, op_name, words
+from lightning_ptq.graph.trace import has_attribute, is_torch_op, op_name, words
 from lightning_ptq.layers import is_quantizable
 
 FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -30,12 +30,11 @@ _RANDOM_DROPS = words(
 
 
 def normalise(gm: fx.GraphModule) -> None:
-    """Rewrite `gm` so that a unit can run on a cached tensor and every layer call has a module of its own."""
+    """Rewrite `gm` so that a unit can run on a cached tensor."""
     remove_no_ops(gm)  # first: their outputs are the same tensor as their inputs, which in-place operations overwrite
     remove_in_place(gm)
     free_layout(gm)
     gm.graph.eliminate_dead_code()
-    untie(gm)
     gm.recompile()
 
 
@@ -115,21 +114,23 @@ def is_no_op(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def untie(gm: fx.GraphModule) -> None:
-    """Give every call of a quantizable layer its own copy, since each call has its own quantizers and ranges."""
+    """Give every call of a quantizable layer or layer norm weights of its own, since each has its own ranges."""
     seen: dict[int, int] = {}
     for node in gm.graph.nodes:
         if node.op != "call_module":
             continue
         module = gm.get_submodule(str(node.target))
-        if not is_quantizable(module):
+        if not is_quantizable(module) and not isinstance(module, nn.LayerNorm):
             continue
-        calls = seen[id(module)] = seen.get(id(module), -1) + 1
+        weight = id(module.weight if module.weight is not None else module)
+        calls = seen[weight] = seen.get(weight, -1) + 1
         if calls:
             name = f"{node.target}_{calls}"
             while has_attribute(gm, name):
                 name += "_"
             gm.add_submodule(name, deepcopy(module))
             node.target = name
+    gm.recompile()
 
 
 def fold_batch_norm(gm: fx.GraphModule) -> None:
@@ -214,9 +215,3 @@ def statistics_of(layer: nn.Module) -> Statistics | None:
 def _double(bias: Tensor | nn.Module) -> Tensor:
     assert isinstance(bias, Tensor)
     return bias.double()
-
-
-def has_attribute(gm: nn.Module, name: str) -> bool:
-    """Whether the qualified `name` is taken in `gm`."""
-    parent, _, leaf = name.rpartition(".")
-    return hasattr(gm.get_submodule(parent), leaf)

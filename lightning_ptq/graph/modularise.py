@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from lightning_ptq.graph.trace import is_torch_op, op_name
-from lightning_ptq.graph.units import attribute_of
+from lightning_ptq.graph.trace import attribute_of, is_inside, is_torch_op, op_name
 
 # The arguments of a function by name, fixed tensors in place of their nodes.
 Arguments = dict[str, Any]
@@ -20,7 +18,7 @@ _ATEN_NORM = ("input", "weight", "bias", "running_mean", "running_var")
 
 
 def modularise(gm: fx.GraphModule, leaf_modules: Sequence[str] = ()) -> None:
-    """Make a module of every convolution, product, batch norm and layer norm with fixed weights, in place.
+    """Make a module of every convolution, product, batch norm and layer norm whose weights are parameters, in place.
 
     What is inside a module that a pattern of `leaf_modules` names stays as it is.
     """
@@ -29,20 +27,16 @@ def modularise(gm: fx.GraphModule, leaf_modules: Sequence[str] = ()) -> None:
         if known and not is_inside(node, leaf_modules):
             given, build = arguments_of(node), _FUNCTIONS[op_name(node)][1]
             source = given.pop("input", None)
+            given.pop("normalized_shape", None)  # the weight's
             name = name_of(node, given)
             fixed = {key: fixed_value(gm, value) for key, value in given.items()}
-            unknown = any(isinstance(value, fx.Node) for value in fixed.values())
+            unknown: list[fx.Node] = []
+            fx.map_arg(list(fixed.values()), unknown.append)
             module = build(fixed) if isinstance(source, fx.Node) and not unknown else None
             if module is not None:
                 call_instead(gm, node, add_module(gm, name, module.eval()), source)
     gm.graph.eliminate_dead_code()
     gm.recompile()
-
-
-def is_inside(node: fx.Node, patterns: Sequence[str]) -> bool:
-    """Whether `node` was called in a module that one of `patterns` names."""
-    paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    return any(fnmatchcase(path, pattern) for path in paths for pattern in patterns)
 
 
 def arguments_of(node: fx.Node) -> Arguments:
@@ -115,10 +109,13 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
 def _convolution(kind: type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]) -> Callable[[Arguments], nn.Module | None]:
     def build(given: Arguments) -> nn.Module | None:
         weight, bias, groups = given["weight"], given.get("bias"), given.get("groups", 1)
-        options = {key: given[key] for key in ("stride", "padding", "dilation") if key in given}
+        options: Arguments = {key: given[key] for key in ("stride", "padding", "dilation") if key in given}
         options = {key: tuple(value) if isinstance(value, list | tuple) else value for key, value in options.items()}
-        size, (outputs, inputs) = tuple(weight.shape[2:]), weight.shape[:2]
-        layer = kind(inputs * groups, outputs, size, groups=groups, bias=False, device="meta", **options)
+        if not isinstance(weight, nn.Parameter):
+            return None  # a fixed filter, such as a blur
+        (outputs, inputs), size = weight.shape[:2], tuple(weight.shape[2:])
+        options |= {"kernel_size": size, "groups": groups, "bias": False, "device": "meta"}
+        layer = kind(inputs * groups, outputs, **options)
         return with_weights(layer, weight, bias)
 
     return build
@@ -126,14 +123,16 @@ def _convolution(kind: type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]) -> C
 
 def _linear(given: Arguments) -> nn.Module | None:
     weight = given["weight"]
-    if weight.dim() != 2:
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
         return None
     return with_weights(nn.Linear(weight.shape[1], weight.shape[0], False, "meta"), weight, given.get("bias"))
 
 
 def _matmul(given: Arguments) -> nn.Module | None:
     weight = given.get("other", given.get("mat2"))
-    return _linear({"weight": weight.t().contiguous()}) if isinstance(weight, Tensor) and weight.dim() == 2 else None
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
+        return None
+    return _linear({"weight": nn.Parameter(weight.detach().t().contiguous(), requires_grad=False)})
 
 
 def _batch_norm(given: Arguments) -> nn.Module | None:
@@ -146,10 +145,10 @@ def _batch_norm(given: Arguments) -> nn.Module | None:
 
 
 def _layer_norm(given: Arguments) -> nn.Module | None:
-    weight, shape = given.get("weight"), list(given["normalized_shape"])
+    weight = given.get("weight")
     if weight is None:
         return None  # a function without parameters
-    return with_weights(nn.LayerNorm(shape, given.get("eps", 1e-5), device="meta"), weight, given.get("bias"))
+    return with_weights(nn.LayerNorm(weight.shape, given.get("eps", 1e-5), device="meta"), weight, given.get("bias"))
 
 
 def with_weights(module: nn.Module, weight: Tensor | None, bias: Tensor | None) -> nn.Module:
@@ -168,10 +167,7 @@ _FUNCTIONS: dict[str, tuple[tuple[str, ...], Callable[[Arguments], nn.Module | N
     "linear": (("input", "weight", "bias"), _linear),
     "matmul": (("input", "other"), _matmul),
     "mm": (("input", "mat2"), _matmul),
-    "batch_norm": (
-        ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
-        _batch_norm,
-    ),
+    "batch_norm": (_BATCH_NORM, _batch_norm),
     "_native_batch_norm_legit_no_training": ((*_ATEN_NORM, "momentum", "eps"), _batch_norm),
     "layer_norm": (("input", "normalized_shape", "weight", "bias", "eps"), _layer_norm),
 }

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from lightning_ptq.graph.placement import Placement
 from lightning_ptq.graph.trace import op_name, words
 
-# What may lie between a norm and its quantizer: moves of whole channel vectors. Not padding, which adds zeros.
-_MOVES = words("reshape view flatten roll slice getitem select unsqueeze squeeze contiguous clone")
+# Operations that may lie between a norm and its quantizer, whatever their arguments: if they touched the last
+# dimension, it would no longer be as long as the linear layers' input. Padding is none of them: it adds zeros.
+_MOVES = words("reshape view flatten unsqueeze squeeze contiguous clone")
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,7 @@ class NormGroup:
 
 
 def find_norms(placement: Placement) -> tuple[NormGroup, ...]:
-    """Every layer norm with weights that linear layers alone read, through one quantizer.
-
-    Norm and layers get a bias of zero where they have none, for `equalize.py` to write to.
-    """
+    """Every layer norm with weights that linear layers alone read, through one quantizer."""
     gm, groups = placement.gm, []
     for quantizer in placement.quantizers:
         norm = source_norm(gm, quantizer)
@@ -39,9 +39,6 @@ def find_norms(placement: Placement) -> tuple[NormGroup, ...]:
         width = module.normalized_shape[0]
         calls = sum(node.op == "call_module" and node.target == norm.target for node in gm.graph.nodes)
         if calls == 1 and all(layer.in_features == width for layer in layers):
-            for owner in (module, *layers):
-                if owner.bias is None:
-                    owner.bias = nn.Parameter(owner.weight.new_zeros(owner.weight.shape[0]), requires_grad=False)
             groups.append(NormGroup(str(norm.target), str(quantizer.target), tuple(str(r.target) for r in readers)))
     order = {str(node.target): i for i, node in enumerate(gm.graph.nodes)}
     return tuple(sorted(groups, key=lambda group: order[group.norm]))
@@ -60,15 +57,32 @@ def source_norm(gm: fx.GraphModule, quantizer: fx.Node) -> fx.Node | None:
 
 
 def is_move(node: fx.Node) -> bool:
-    """Whether `node` only moves vectors of channels about: the last dimension stays the last."""
-    name, dims = op_name(node), [v for v in node.args[1:] if isinstance(v, int)]
+    """Whether `node` only moves vectors of channels about: the last dimension stays the last, and in order."""
+    name, rest = op_name(node), [*node.args[1:], *(v for k, v in node.kwargs.items() if k != "input")]
+    flat: list[Any] = [v for part in rest for v in (part if isinstance(part, list | tuple) else (part,))]
     if name == "permute":
-        order = node.args[1] if isinstance(node.args[1], list | tuple) else dims
-        return order[-1] in (-1, len(order) - 1)
-    if name == "transpose":
-        # Two of the first dimensions, as multi-head attention swaps batch and tokens.
-        return set(dims) == {0, 1}
+        return bool(flat) and flat[-1] in (-1, len(flat) - 1)
+    if name == "transpose":  # multi-head attention swaps batch and tokens
+        return set(flat) == {0, 1}
+    if name == "roll":  # of rows and columns; (1, 2) would be tokens and channels of a three-dimensional tensor
+        dims = node.kwargs.get("dims", node.args[2] if len(node.args) > 2 else ())
+        return dims in ((1, 2), [1, 2])
+    if name in ("select", "slice"):
+        return not flat or flat[0] in (0, 1)
+    if name == "getitem":
+        return len(flat) <= 2 and all(isinstance(part, int | slice) for part in flat)
     return name in _MOVES
+
+
+def give_biases(gm: fx.GraphModule, groups: Sequence[NormGroup]) -> None:
+    """A bias of zero where a norm or layer of `groups` has none, for `equalize.py` to write to."""
+    for group in groups:
+        for name in (group.norm, *group.layers):
+            owner = gm.get_submodule(name)
+            if owner.bias is None:
+                assert isinstance(owner.weight, Tensor)
+                zeros = owner.weight.new_zeros(owner.weight.shape[0])
+                owner.register_parameter("bias", nn.Parameter(zeros, requires_grad=False))
 
 
 def _is_linear(gm: fx.GraphModule, node: fx.Node) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -10,8 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_ptq.config import LayerBits, QuantConfig
 from lightning_ptq.errors import PTQError
-from lightning_ptq.graph.fold import has_attribute
-from lightning_ptq.graph.trace import is_torch_op, op_name, words
+from lightning_ptq.graph.trace import has_attribute, is_inside, is_torch_op, op_name, words
 from lightning_ptq.layers import is_quantizable
 from lightning_ptq.quantizers import ActQuantizer, LogQuantizer
 
@@ -20,8 +19,7 @@ _NORM_OPS = ("layer_norm", "group_norm", "rms_norm", "batch_norm", "instance_nor
 # Products of two tensors that both follow from the image; their inputs are quantized.
 _PRODUCTS = words("matmul mm bmm einsum")
 _MATMUL_OPS = _PRODUCTS | words("addmm baddbmm bilinear scaled_dot_product_attention multi_head_attention_forward")
-_MODULE_OPS = {"linear": "nn.Linear", "conv1d": "nn.Conv1d", "conv2d": "nn.Conv2d", "conv3d": "nn.Conv3d"}
-_MODULE_OPS |= {f"conv_transpose{n}d": f"nn.ConvTranspose{n}d" for n in (1, 2, 3)}
+_MODULE_OPS = words("linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d")
 
 
 @dataclass(frozen=True)
@@ -51,10 +49,11 @@ class Placement:
     quantizers: frozenset[fx.Node]
 
 
-def place_quantizers(gm: fx.GraphModule, config: QuantConfig) -> Placement:
+def place_quantizers(gm: fx.GraphModule, config: QuantConfig, leaf_modules: Sequence[str] = ()) -> Placement:
     """Insert one `ActQuantizer` after the producer of every tensor that a quantizable layer or a product reads.
 
-    All readers of that tensor, residual additions and pools included, read the quantized one.
+    All readers of that tensor, residual additions and pools included, read the quantized one. Products inside modules
+    that a pattern of `leaf_modules` names stay in float.
 
     Raises:
         PTQError: nothing to quantize, or an override that matches no layer.
@@ -62,10 +61,11 @@ def place_quantizers(gm: fx.GraphModule, config: QuantConfig) -> Placement:
     nodes = [n for n in gm.graph.nodes if n.op == "call_module" and is_quantizable(gm.get_submodule(str(n.target)))]
     if not nodes:
         raise PTQError(
-            "the model has no layer that can be quantized (nn.Conv2d, nn.Conv1d, nn.Linear called as modules). "
-            "Write functional convolutions and products with weights as modules, and see leaf_modules."
+            "the model has no layer that can be quantized: no convolution or product with parameters outside of "
+            "leaf_modules."
         )
-    products = {node: product_name(node) for node in products_of_activations(gm)}
+    found = products_of_activations(gm)
+    products = {node: product_name(node) for node in found if not is_inside(node, leaf_modules)}
     config.check_overrides([*(str(node.target) for node in nodes), *products.values()])
     first, last = edge_layers(nodes, gm.graph.nodes)
     wanted = {n: config.bits_of(str(n.target), first=n in first, last=n in last) for n in nodes}
@@ -183,13 +183,15 @@ def why_float(gm: fx.GraphModule, node: fx.Node) -> str:
     if node.op == "get_attr":
         read = [reader for reader in node.users if op_name(reader) not in (*_NORM_OPS, *_MODULE_OPS)]
         value = parameter_of(gm, str(node.target))
-        return f"parameter used directly by {read[0].name!r} stays in float" if read and value is not None else ""
+        if not read or value is None or str(node.target).startswith("constant_"):  # folded: no parameter of the model's
+            return ""
+        return f"parameter used directly by {read[0].name!r} stays in float"
     name = op_name(node)
     if node.op == "call_function" and is_torch_op(node):
         if name in _NORM_OPS:
             return f"F.{name} is kept in float"
         if name in _MODULE_OPS:
-            return f"F.{name} is not quantized; call a module ({_MODULE_OPS[name]}) instead"
+            return f"F.{name} is not quantized: its weight is no parameter, or leaf_modules names its module"
     return f"{name} is not quantized" if name in _MATMUL_OPS else ""
 
 

@@ -16,23 +16,27 @@ from torch import Tensor, nn
 class Tap(nn.Module):
     """The identity; inside `recorded` it also keeps its input and stops the gradient.
 
+    Args:
+        channel_dim: which dimension of its input is that of channels: 1, or -1 behind a linear layer.
+
     Shape: any -> the same.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, channel_dim: int = 1) -> None:
         super().__init__()
+        self.channel_dim = channel_dim
         self.values: list[Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.values is None:
             return x
-        self.values.append(x)
+        self.values.append(x if x.dim() < 3 else x.movedim(self.channel_dim, 1))
         return x.detach()
 
 
 @contextmanager
 def recorded(unit: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside, every tap of `unit` appends what passes through it to the list that is yielded."""
+    """Inside, every tap of `unit` appends what passes through it, (B, C, ...), to the list that is yielded."""
     taps, values = [m for m in unit.modules() if isinstance(m, Tap)], list[Tensor]()
     try:
         for tap in taps:

@@ -266,3 +266,21 @@ def is_torch_op(node: fx.Node) -> bool:
         return True
     module = getattr(node.target, "__module__", None)
     return node.op == "call_function" and (module is None or module.split(".")[0] == "torch")
+
+
+def is_inside(node: fx.Node, patterns: Sequence[str]) -> bool:
+    """Whether `node` was called in a module that one of `patterns` names."""
+    paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    return any(fnmatchcase(path, pattern) for path in paths for pattern in patterns)
+
+
+def attribute_of(root: nn.Module, name: str) -> Any:
+    """Parameter, buffer or constant with this qualified name."""
+    parent, _, leaf = name.rpartition(".")
+    return getattr(root.get_submodule(parent), leaf)
+
+
+def has_attribute(root: nn.Module, name: str) -> bool:
+    """Whether the qualified `name` is taken in `root`."""
+    parent, _, leaf = name.rpartition(".")
+    return hasattr(root.get_submodule(parent), leaf)

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from lightning_ptq.errors import PTQError
 from lightning_ptq.graph.norms import NormGroup
 from lightning_ptq.graph.taps import Tap
-from lightning_ptq.graph.trace import op_name
+from lightning_ptq.graph.trace import attribute_of, op_name
 
 
 class Chain(nn.Module):
@@ -88,6 +88,13 @@ class Chain(nn.Module):
         return images
 
 
+def written_dim(root: nn.Module, node: fx.Node) -> int:
+    """Which dimension the layer before `node`, or `node` itself, writes its channels to."""
+    while not (node.op == "call_module" and isinstance(root.get_submodule(str(node.target)), nn.Linear | _ConvNd)):
+        node = node.all_input_nodes[0]
+    return -1 if isinstance(root.get_submodule(str(node.target)), nn.Linear) else 1
+
+
 def unit_names(layers: Sequence[Sequence[str]]) -> tuple[str, ...]:
     """One readable, unique name for each unit from its layers' names: the largest modules that it holds."""
     if len(layers) == 1:
@@ -153,13 +160,7 @@ def build_unit(
                 attributes[name] = replace[name] if name in replace else root.get_submodule(name)
         if node in taps:
             name = f"tap_{node.name}"
-            attributes[name] = Tap()
+            attributes[name] = Tap(written_dim(root, node))
             copies[node] = graph.call_module(name, (copies[node],))
     graph.output(copy_of(result))
     return fx.GraphModule(attributes, graph, class_name="Unit")
-
-
-def attribute_of(root: nn.Module, name: str) -> Any:
-    """Parameter, buffer or constant with this qualified name."""
-    parent, _, leaf = name.rpartition(".")
-    return getattr(root.get_submodule(parent), leaf)

@@ -31,10 +31,12 @@ class Tail:
     Attributes:
         run: (x, n) -> what the first n of them make of x, n > 0.
         length: how many there are.
+        channel_dim: (n, shape of their output) -> its dimension of channels.
     """
 
     run: Callable[[Tensor, int], Tensor]
     length: int
+    channel_dim: Callable[[int, Sequence[int]], int] = lambda units, shape: 1
 
     def __call__(self, x: Tensor, units: int | None = None) -> Tensor:
         """`x` behind the first `units` of the tail; None runs all."""

@@ -170,14 +170,14 @@ class Contrastive(Term):
             side = replace(bank, features=bank.features[columns], outputs=bank.outputs[columns])
         if batch.changed:
             outputs = pooled(batch.teacher_features.float())
-            features = self._teacher_features(batch.teacher_out, outputs, batch.tail) - bank.mean
+            features = self._teacher_features(batch.teacher_out, outputs, batch) - bank.mean
             if self.config.negatives == "bank":
                 features = side.features.index_copy(0, place, features)
                 outputs = side.outputs.index_copy(0, place, outputs)
             else:
                 features, outputs = rows_of_all(features), rows_of_all(outputs)
             side = replace(side, features=features, outputs=outputs)
-        student = self._features(batch.student_out[first], batch.tail).float() - bank.mean
+        student = self._features(batch.student_out[first], batch).float() - bank.mean
         return student, side, place[first]
 
     def _positions(self, batch: UnitBatch) -> tuple[Tensor, _Teacher, Tensor]:
@@ -218,23 +218,23 @@ class Contrastive(Term):
             positive, logits, negatives
         )
 
-    def _features(self, x: Tensor, tail: Tail) -> Tensor:
+    def _features(self, x: Tensor, batch: UnitBatch) -> Tensor:
         """What is compared, of a unit's output (B, ...): (B, D)."""
-        if self.config.feature == "output":
-            return pooled(x)
-        if self.config.feature == "projection":
-            return projected(x.float())
-        return pooled(tail(x, self._tail_units(tail)))
+        units = self._tail_units(batch.tail) if self.config.feature.startswith("tail") else 0
+        behind = batch.tail(x, units)
+        dim = batch.tail.channel_dim(units, behind.shape) if units else batch.channel_dim
+        behind = channels_first(behind, dim)
+        return projected(behind.float()) if self.config.feature == "projection" else pooled(behind)
 
     @torch.no_grad()
-    def _teacher_features(self, teacher_out: Tensor, outputs: Tensor, tail: Tail) -> Tensor:
+    def _teacher_features(self, teacher_out: Tensor, outputs: Tensor, batch: UnitBatch) -> Tensor:
         """What is compared, of the teacher's output of a unit (n, ...) and its final ones (n, classes): (n, D).
 
         Behind the whole tail these are the final outputs, also where the tail is the student's.
         """
-        if self.config.feature.startswith("tail") and self._tail_units(tail) == tail.length:
+        if self.config.feature.startswith("tail") and self._tail_units(batch.tail) == batch.tail.length:
             return outputs
-        parts = [self._features(x.to(outputs.device), tail) for x in teacher_out.split(CHUNK)]
+        parts = [self._features(x.to(outputs.device), batch) for x in teacher_out.split(CHUNK)]
         return torch.cat(parts).float()
 
     def _tail_units(self, tail: Tail) -> int:
@@ -248,7 +248,7 @@ class Contrastive(Term):
         if self._bank is None or self._bank_is_of is None or self._bank_is_of() is not side.teacher_out:
             device = batch.student_out.device
             outputs = torch.cat([pooled(x.to(device).float()) for x in side.features.split(CHUNK)])
-            features = self._teacher_features(side.teacher_out, outputs, batch.tail)
+            features = self._teacher_features(side.teacher_out, outputs, batch)
             self._bank = self._side(gather_rows(features), gather_rows(outputs), first_row(len(features)))
             self._bank_is_of = weakref.ref(side.teacher_out)
         return self._bank

@@ -57,7 +57,7 @@ def test_a_layer_that_is_also_used_as_a_function_keeps_its_own_bias():
     model, x = Net().eval(), torch.randn(3, 4)
     pair = build_chain(model, QuantConfig(), "layer")
     torch.testing.assert_close(pair.student(x), model(x))
-    assert [plan.name for plan in pair.layers] == ["fc", "fc_"]
+    assert [plan.name for plan in pair.layers] == ["fc", "fc__1"]
 
 
 @pytest.mark.parametrize("function", [lambda x: F.linear(x, x), lambda x: F.layer_norm(x, (4,)), lambda x: x @ x.t()])
@@ -76,3 +76,32 @@ def test_functions_without_fixed_weights_stay_functions(function):
     (unit,) = pair.student.units
     assert isinstance(unit, fx.GraphModule)
     assert [n.target for n in unit.graph.nodes if n.op == "call_module" and "act" not in n.target] == ["fc"]
+
+
+def test_a_fixed_filter_is_no_layer():
+    class Blur(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.register_buffer("kernel", torch.ones(4, 1, 3, 3) / 9)
+
+        def forward(self, x):
+            return F.conv2d(self.conv(x), self.kernel.repeat(1, 1, 1, 1), groups=4)
+
+    pair = build_chain(Blur().eval(), QuantConfig(), "layer")
+    assert [plan.name for plan in pair.layers] == ["conv"]
+    assert [op.name for op in pair.floats] == ["conv2d"]
+
+
+def test_a_shape_that_is_computed_does_no_harm():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+
+        def forward(self, x):
+            x = torch.permute(self.fc(x), dims=(0, 1))
+            return F.layer_norm(x, (x.shape[-1],), self.norm.weight, self.norm.bias)
+
+    model, x = Net().eval(), torch.randn(3, 4)
+    torch.testing.assert_close(build_chain(model, QuantConfig(), "net").student(x), model(x))
