@@ -13,10 +13,10 @@ WAYS = {
     "timm:efficientvit_b0": "export",
     "timm:xcit_nano_12_p16_224": "export",
     "timm:levit_128s": "fx",
-    "timm:mobilevitv2_050": None,
-    "timm:nf_resnet26": None,
+    "timm:mobilevitv2_050": "export",
+    "timm:nf_resnet26": "fx",
     "timm:mobilenetv4_conv_small": "fx",
-    "timm:edgenext_xx_small": None,
+    "timm:edgenext_xx_small": "fx",
 }
 
 
