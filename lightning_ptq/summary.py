@@ -125,7 +125,7 @@ def table(summary: dict[str, Any]) -> str:
     def cell(value: float | None) -> str:
         return f"{value:9.2f}" if value is not None else "        -"
 
-    average = summary["average_bits"]
+    average = summary.get("average_bits")
     bits = f"W{summary['weight_bits']}A{summary['act_bits']}" if average is None else f"{average:g} bits on average"
     rows = [
         ("teacher, float32", summary["teacher_top1"], 100.0 if summary["teacher_agreement"] is not None else None),
