@@ -115,7 +115,7 @@ def _run_unit(unit: nn.Module, x: Tensor, name: str) -> Tensor:
         raise PTQError(
             f"unit {name!r}: the float network gives {error}. Check the calibration images and the model's weights."
         ) from None
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         raise PTQError(
             f"unit {name!r} can't take an input of shape {tuple(x.shape)}: {error}. "
             "Check the calibration images' size and channels (data.resize, data.crop)."

@@ -85,8 +85,9 @@ class QuantConfig:
         check_option(self.norms, get_args(NormScaling), "norms")
         check_option(self.softmax, get_args(SoftmaxGrid), "softmax")
         check_option(self.budget, get_args(Budget), "budget")
-        if self.average_bits is not None and not 2 <= self.average_bits <= 8:
-            raise PTQError(f"average_bits={self.average_bits} is outside 2 to 8. Leave it out for uniform bits.")
+        average = self.average_bits
+        if average is not None and not (isinstance(average, int | float) and 2 <= average <= 8):
+            raise PTQError(f"average_bits={average!r} is no number from 2 to 8. Leave it out for uniform bits.")
         for pattern, bits in self.overrides.items():
             for key, value in bits.items():
                 check_option(key, ("weight_bits", "act_bits"), f"overrides[{pattern!r}]")

@@ -27,7 +27,7 @@ def unit_shapes(chain: Chain, image_shape: tuple[int, ...]) -> list[tuple[int, .
         for name, unit in zip(chain.names, chain.units, strict=True):
             try:
                 x = unit(x)
-            except (RuntimeError, ValueError, TypeError) as error:
+            except (RuntimeError, ValueError, TypeError, AssertionError) as error:
                 raise PTQError(
                     f"images of shape {tuple(image_shape)} do not fit the model: unit {name!r} fails on its input "
                     f"{shapes[-1]}: {error}. Set data.resize and data.crop to what the model was trained on."

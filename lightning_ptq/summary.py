@@ -156,7 +156,7 @@ def table(summary: dict[str, Any]) -> str:
             f"kept as rounded to nearest, since calibration did not improve them: {', '.join(map(repr, units))}"
         )
     if NETWORK in rolled_back:
-        lines.append("kept as the units left it, since the last epoch did not improve it: the whole network")
+        lines.append("kept as the units left it, since the last epoch made its predictions worse: the whole network")
     return "\n".join(["", *lines])
 
 

@@ -110,8 +110,9 @@ def test_the_allocation_is_the_best_of_all(budget: Any, average: float, seed: in
 def test_what_cannot_be_chosen_is_refused() -> None:
     with pytest.raises(PTQError, match="every layer's bits are fixed"):
         allocate((LAYERS[3],), [], COSTS, 3.0, "bops", learned=True)
-    with pytest.raises(PTQError, match=r"average_bits=9 is outside 2 to 8"):
-        QuantConfig(average_bits=9)
+    for wrong in (9, "3"):
+        with pytest.raises(PTQError, match=r"average_bits=.+ is no number from 2 to 8"):
+            QuantConfig(average_bits=wrong)  # type: ignore[arg-type]
     with pytest.raises(PTQError, match="budget='money' is unknown"):
         QuantConfig(budget="money")  # type: ignore[arg-type]
 

@@ -7,12 +7,14 @@ islands   fx again, with the modules that it cannot follow kept whole, in floati
 
 from __future__ import annotations
 
+import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
 
+import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -22,6 +24,7 @@ from lightning_ptq.graph.export import exported
 from lightning_ptq.graph.trace import TraceError, node_kinds, trace
 from lightning_ptq.layers import is_quantizable
 
+_TERMINAL = "on the terminal it is that of the data (data.resize, data.crop)"
 # Modules kept whole one after another before we give up.
 _MOST_ISLANDS = 50
 
@@ -61,28 +64,56 @@ def capture(model: nn.Module, leaf_modules: Sequence[str] = (), image_shape: Seq
     else:
         if not hides_weights(traced, leaf_modules) and not carries_sizes(traced):
             return Captured(traced)
-    shape = tuple(image_shape) if image_shape is not None else likely_image_shape(model)
+    shape = check_shape(image_shape) if image_shape is not None else likely_image_shape(model)
     try:
+        run_on_zeros(model, shape)
         return Captured(exported(model, shape), shape)
     except Exception as error:
+        refusal = f"{type(error).__name__}: {textwrap.shorten(str(error), 300, placeholder=' ...')}"
+        if isinstance(error, WrongShape) and (image_shape is not None or traced is None):
+            given = "was given" if image_shape is not None else "is a guess"
+            raise PTQError(
+                f"{type(model).__name__} fails on images of shape {shape}, which {given}: {error}. "
+                f"torch.fx can't capture all of it, and torch.export has to know: give image_shape=(C, H, W); {_TERMINAL}."
+            ) from error
         if traced is not None:
             warnings.warn(
                 f"{type(model).__name__}: some layers stay in floating point or in large units, since torch.export "
-                f"with images of shape {shape} says: {type(error).__name__}: {' '.join(str(error).split())[:300]}. "
-                "If your images have another shape, give image_shape=(C, H, W).",
+                f"with images of shape {shape} says: {refusal}. If your images have another shape, give "
+                f"image_shape=(C, H, W); {_TERMINAL}. `plan` lists what stays.",
                 stacklevel=2,
             )
             return Captured(traced)
         assert failure is not None
-        return with_islands(model, leaf_modules, failure, shape, error)
+        return with_islands(model, leaf_modules, failure, shape, refusal)
+
+
+class WrongShape(Exception):
+    """The model itself fails on images of the shape that it was to be captured for."""
+
+
+def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """`shape` as a tuple; raises `PTQError` if it is no (C, H, W)."""
+    if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise PTQError(f"image_shape={tuple(shape)} is no (channels, height, width). Give that of one image.")
+    return tuple(shape)
+
+
+def run_on_zeros(model: nn.Module, shape: Sequence[int]) -> None:
+    """Raise `WrongShape` if the model can't take images of `shape`."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    try:
+        with torch.no_grad():
+            model(like.new_zeros(2, *shape))
+    except Exception as error:
+        raise WrongShape(textwrap.shorten(str(error), 200, placeholder=" ...")) from error
 
 
 def with_islands(
-    model: nn.Module, leaf_modules: Sequence[str], failure: TraceError, shape: Sequence[int], refusal: Exception
+    model: nn.Module, leaf_modules: Sequence[str], failure: TraceError, shape: Sequence[int], refusal: str
 ) -> Captured:
     """Trace with the innermost module that fx cannot follow kept whole, as often as it takes."""
     islands: list[str] = []
-    why_not = " ".join(str(refusal).split())[:300]
     for _ in range(_MOST_ISLANDS):
         if not failure.path:
             break
@@ -94,9 +125,8 @@ def with_islands(
         else:
             return Captured(gm, islands=tuple(islands))
     raise PTQError(
-        f"{failure}\ntorch.export with images of shape {tuple(shape)} cannot follow it either: "
-        f"{type(refusal).__name__}: {why_not}. "
-        "If your images have another shape, give image_shape=(C, H, W)."
+        f"{failure}\ntorch.export with images of shape {tuple(shape)} cannot follow it either: {refusal}. "
+        f"If your images have another shape, give image_shape=(C, H, W); {_TERMINAL}."
     )
 
 

@@ -6,6 +6,7 @@ The result looks as if fx had traced it, with functions in place of all modules 
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ def exported(model: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     images = torch.zeros(2, *image_shape, dtype=dtype, device=device)
-    with warnings.catch_warnings(), torch.no_grad(), attention_written_out():
+    with warnings.catch_warnings(), torch.no_grad(), attention_written_out(), unlogged():
         warnings.simplefilter("ignore")  # about versions to come, of what torch itself calls
         program = export(model, (images,), dynamic_shapes=({0: Dim.DYNAMIC},), strict=False)
         gm = program.run_decompositions({}).module(check_guards=False)  # {}: nothing in place, all else as it is
@@ -55,6 +56,17 @@ def exported(model: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule:
     gm.graph.eliminate_dead_code()
     gm.graph._codegen = fx.graph.CodeGen()  # tensor in, tensor out: export's own takes and gives pytrees
     return fx.GraphModule(gm, gm.graph)
+
+
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Inside, nothing is logged: reasons come with the exception, and logged look like a crash where all is well."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 @contextmanager

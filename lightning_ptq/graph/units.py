@@ -63,7 +63,7 @@ class Chain(nn.Module):
         if self.image_shape is not None and shape != self.image_shape:
             raise PTQError(
                 f"images have shape {shape}, but the network was captured by torch.export for {self.image_shape}. "
-                f"Give image_shape={shape}, or images of that shape."
+                f"Give images (N, C, H, W) of that shape (data.resize, data.crop), or image_shape={shape}."
             )
 
     def channel_dim(self, unit: int, shape: Sequence[int]) -> int:

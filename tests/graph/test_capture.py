@@ -196,8 +196,31 @@ def test_torchs_own_transformer_layers_hide_nothing():
     inner = [f"encoder.{name}" for name in ("self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2")]
     assert [plan.name for plan in pair.layers] == ["stem", *inner, "head"]
     assert_same(model, pair, (2, 3, 8, 8), (5, 3, 8, 8))
-    with pytest.warns(UserWarning, match=r"stay in floating point .*images of shape \(1, 8, 8\).*give image_shape"):
-        assert len(chains(model, image_shape=(1, 8, 8)).layers) == 2
+
+
+class Positions(nn.Module):
+    """Takes 8x8 images only, and refuses others as torchvision's ViT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.attention = nn.Conv2d(3, 8, 4, 4), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.places, self.head = nn.Parameter(torch.randn(4, 8)), nn.Linear(8, 5)
+
+    def forward(self, x):
+        torch._assert(x.shape[2] == 8, f"Wrong height! {x.shape[2]}")
+        y = self.stem(x).flatten(2).transpose(1, 2) + self.places
+        return self.head(self.attention(y, y, y)[0].mean(1))
+
+
+def test_a_wrong_shape_is_refused_and_a_wrong_guess_is_told():
+    model = Positions().eval()
+    with pytest.raises(PTQError, match=r"fails on images of shape \(3, 9, 9\), which was given: Wrong height! 9"):
+        chains(model, image_shape=(3, 9, 9))
+    with pytest.raises(PTQError, match=r"image_shape=\(8, 8\) is no \(channels, height, width\)"):
+        chains(model, image_shape=(8, 8))
+    with pytest.warns(UserWarning, match=r"stay in floating point .*\(3, 224, 224\).*give image_shape"):
+        assert len(chains(model).layers) == 2
+    assert len(chains(model, image_shape=(3, 8, 8)).layers) == 4
 
 
 class Fresh(nn.Module):
