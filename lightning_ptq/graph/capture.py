@@ -74,7 +74,8 @@ def capture(model: nn.Module, leaf_modules: Sequence[str] = (), image_shape: Seq
             given = "was given" if image_shape is not None else "is a guess"
             raise PTQError(
                 f"{type(model).__name__} fails on images of shape {shape}, which {given}: {error}. "
-                f"torch.fx can't capture all of it, and torch.export has to know: give image_shape=(C, H, W); {_TERMINAL}."
+                f"torch.fx can't capture all of it, and torch.export has to know: give image_shape=(C, H, W); "
+                f"{_TERMINAL}."
             ) from error
         if traced is not None:
             warnings.warn(
