@@ -18,6 +18,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from benchmarks.methods import DEFAULTS, GRIDS, key, points, read
 
@@ -135,7 +137,7 @@ def time_table(runs: Runs) -> list[str]:
 
 def plot(runs: Runs, grid: str, x: str, label: str, path: Path, log: bool) -> bool:
     """Accuracy of a grid's points against a setting, one line with and one without the term."""
-    figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    _, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
     places = set()
     for contrastive in ("False", "True"):
         curve = []
@@ -149,11 +151,17 @@ def plot(runs: Runs, grid: str, x: str, label: str, path: Path, log: bool) -> bo
             name = "qdrop + contrastive" if contrastive == "True" else "qdrop"
             axes.errorbar(*zip(*curve, strict=True), marker="o", capsize=3, label=name)
             places |= {at for at, *_ in curve}
-    drawn = axes.has_data()
     if log:
         axes.set_xscale("log")
         axes.set_xticks(sorted(places), [f"{place:.0f}" for place in sorted(places)])
         axes.minorticks_off()
+    return finish_plot(axes, label, path)
+
+
+def finish_plot(axes: Axes, label: str, path: Path) -> bool:
+    """Label and save a plot of top-1; False, and no file, if nothing was drawn."""
+    figure, drawn = axes.get_figure(), axes.has_data()
+    assert isinstance(figure, Figure)
     axes.set(xlabel=label, ylabel="top-1, %")
     axes.grid(alpha=0.3)
     if drawn:
@@ -164,33 +172,24 @@ def plot(runs: Runs, grid: str, x: str, label: str, path: Path, log: bool) -> bo
     return drawn
 
 
-def plot_times(runs: Runs, timed: Runs, path: Path) -> bool:
-    """Accuracy against wall time at each number of steps: times are of `timed`, since `runs` share the machine."""
-    figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
+def plot_times(timed: Runs, path: Path) -> bool:
+    """Accuracy against wall time of runs that had the machine for themselves, at each number of steps."""
+    _, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
     for contrastive in (False, True):
         curve = []
         for point in points(GRIDS["times"] | {"contrastive": [contrastive]}):
-            rows = list(seeds_of(runs, point).values())
-            clocks = [row for row in seeds_of(timed, point).values() if row["jobs"] == "1"]
-            if rows and clocks:
+            rows = [row for row in seeds_of(timed, point).values() if row["jobs"] == "1"]
+            if rows:
                 tops = column(rows, "student_top1")
                 error = stdev(tops) if len(tops) > 1 else 0.0
-                curve.append((median(column(clocks, "wall")), mean(tops), error, point["steps"]))
+                curve.append((median(column(rows, "wall")), mean(tops), error, point["steps"]))
         if len(curve) > 1:
             seconds, tops, errors, steps = zip(*curve, strict=True)
             name = "qdrop + contrastive" if contrastive else "qdrop"
             axes.errorbar(seconds, tops, errors, marker="o", capsize=3, label=name)
             for x, y, count in zip(seconds, tops, steps, strict=True):
                 axes.annotate(str(count), (x, y), textcoords="offset points", xytext=(4, -10), fontsize=7)
-    drawn = axes.has_data()
-    axes.set(xlabel="wall time from start to end of Python, s (numbers: steps per unit)", ylabel="top-1, %")
-    axes.grid(alpha=0.3)
-    if drawn:
-        axes.legend()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return drawn
+    return finish_plot(axes, "wall time from start to end of Python, s (numbers: steps per unit)", path)
 
 
 # Grid, setting on the x axis, its label, file, logarithmic or not.
@@ -235,7 +234,7 @@ def document(runs: Runs, timed: Runs, folder: Path) -> str:
     for grid, x, label, name, log in PLOTS:
         if plot(runs, grid, x, label, folder / "img" / f"{name}.png", log):
             lines += ["", f"![top-1 against {label}](img/{name}.png)"]
-    if plot_times(runs, timed, folder / "img" / "time.png"):
+    if plot_times(timed, folder / "img" / "time.png"):
         lines += ["", "![top-1 against wall time](img/time.png)"]
     return "\n".join([*lines, ""])
 
