@@ -68,10 +68,10 @@ def tiny_data(count: int = 40) -> CalibrationDataModule:
     return CalibrationDataModule.from_loaders(tiny_images(count).split(16), loader, calibration_samples=count)
 
 
-def tiny_module(**changes: Any) -> PTQModule:
+def tiny_module(quant: QuantConfig = QuantConfig(weight_bits=2, act_bits=2), **changes: Any) -> PTQModule:  # noqa: B008
     """W2A2 qdrop with few steps."""
     settings: dict[str, Any] = {"method": "qdrop", "steps_per_unit": 6, "batch_size": 8, "seed": 3}
-    return PTQModule(tiny_net(), QuantConfig(weight_bits=2, act_bits=2), **(settings | changes))
+    return PTQModule(tiny_net(), quant, **(settings | changes))
 
 
 def trainer(folder: Path, **changes: Any) -> L.Trainer:

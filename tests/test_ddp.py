@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 
-from lightning_ptq import Augmentation, ContrastiveConfig
+from lightning_ptq import Augmentation, ContrastiveConfig, QuantConfig
 from lightning_ptq.quantizers import act_quantizers, weight_quantizers
 from tests.helpers import assert_equal_states, quantization_state, tiny_data, tiny_module, trainer
 
@@ -66,6 +67,19 @@ def test_all_ranks_leave_every_unit_with_the_same_parameters(tmp_path: Path, cha
     module = fit_on_two(tmp_path, **changes)
     checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert len(checkpoint["lightning_ptq"]["session"]["reports"]) == len(module.epoch_names)
+
+
+def test_bits_are_chosen_alike_where_processes_have_uneven_shares(tmp_path: Path) -> None:
+    module = tiny_module(QuantConfig(2, 2, average_bits=3.0), steps_per_unit=2)
+    two = trainer(tmp_path, devices=2, strategy="ddp_fork", callbacks=[SameOnAllRanks()], use_distributed_sampler=False)
+    two.fit(module, datamodule=tiny_data(41))
+    chosen = json.loads((tmp_path / "summary.json").read_text())["bits"]
+    one = tiny_module(QuantConfig(2, 2, average_bits=3.0), steps_per_unit=2)
+    trainer(tmp_path / "one").fit(one, datamodule=tiny_data(41))
+    assert one.session.bits is not None
+    assert chosen["activations"].keys() == one.session.bits["activations"].keys()
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["lightning_ptq"]["session"]["bits"] == chosen
 
 
 @pytest.mark.parametrize("steps", [8, 20, 21])  # in a unit, behind the last one, in the whole network's epoch
