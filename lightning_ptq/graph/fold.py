@@ -95,8 +95,11 @@ def find_twin(node: fx.Node, name: str) -> Any:
 
 
 def remove_no_ops(gm: fx.GraphModule) -> None:
-    """Drop what does nothing in eval mode: identity, dropout, stochastic depth."""
+    """Drop what does nothing in eval mode: identity, dropout, stochastic depth, checks of shapes."""
     for node in list(gm.graph.nodes):
+        if op_name(node) == "_assert":  # it reads tensors, which would forbid to fold a batch norm behind them
+            gm.graph.erase_node(node)
+            continue
         source = node.args[0] if node.args else node.kwargs.get("input")
         if isinstance(source, fx.Node) and is_no_op(gm, node):
             node.replace_all_uses_with(source)

@@ -142,6 +142,7 @@ def check_leaf_modules(model: nn.Module, patterns: Sequence[str]) -> None:
             )
 
 
+_FEW_CHANNELS = 16
 # Operations that need a certain memory layout or tell of it.
 _LAYOUT_OPS = ("view", "view_as", "as_strided", "stride", "is_contiguous", "storage_offset", "data_ptr")
 
@@ -151,7 +152,20 @@ def any_layout_will_do(gm: fx.GraphModule) -> bool:
 
     What users keep whole or wrap may do anything with a tensor.
     """
+    if any(corrupts_memory(module) for module in gm.modules()):
+        return False
     return "opaque" not in node_kinds(gm).values() and not any(op_name(n) in _LAYOUT_OPS for n in gm.graph.nodes)
+
+
+def corrupts_memory(module: nn.Module) -> bool:
+    """Whether the CPU's backward pass of this convolution, channels last, writes past its memory: torch 2.11 to 2.14 do
+    so for strided 1x1 kernels of few input channels ("double free or corruption", seen with 2 to 12)."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and max(module.stride) > 1
+        and module.in_channels < _FEW_CHANNELS
+    )
 
 
 # The entries of a dict of outputs that are taken for the main one, in this order; else its first.

@@ -177,3 +177,21 @@ def test_a_view_as_another_type_stays():
 
     model, x = Bits().eval(), torch.randn(2, 4)
     torch.testing.assert_close(build_chain(model, QuantConfig(), "block").teacher(x), model(x))
+
+
+def test_a_check_of_shapes_does_not_forbid_to_fold():
+    class Checked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            y = self.conv(x)
+            torch._assert(y.ndim == 4, "expected 4D input")  # as timm's batch norm with activation does
+            return self.fc(self.bn(y).mean((2, 3)))
+
+    model, x = Checked().eval(), torch.randn(2, 3, 6, 6)
+    model.bn.running_mean.normal_()
+    pair = build_chain(model, QuantConfig(), "layer")
+    torch.testing.assert_close(pair.teacher(x), model(x))
+    assert pair.floats == ()

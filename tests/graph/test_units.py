@@ -211,3 +211,12 @@ def test_a_chain_can_be_copied_and_pickled():
         assert other.names == PAIR.student.names
         assert list(other.state_dict()) == list(PAIR.student.state_dict())
         assert torch.equal(other(IMAGES), PAIR.student(IMAGES))
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "stride", "any_layout"),
+    [(3, 1, 2, False), (3, 1, 1, True), (3, 3, 2, True), (16, 1, 2, True)],
+)
+def test_channels_last_is_not_used_where_torchs_backward_pass_corrupts_memory(channels, kernel, stride, any_layout):
+    net = nn.Sequential(nn.Conv2d(channels, 8, kernel, stride), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    assert build_chain(net, QuantConfig(), "layer").student.any_layout is any_layout
