@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +84,29 @@ def observe(student: Chain, images: Tensor, device: torch.device, gather: Gather
     """
     quantizers = act_quantizers(student)
     histograms = {q: Histogram() for q in quantizers}
-    hooks = [q.register_forward_pre_hook(partial(_observe, histograms)) for q in quantizers]
+    watch(student, {q: histogram.update for q, histogram in histograms.items()}, images, device)
+    states = torch.stack([histograms[q].state() for q in quantizers]).to(device)  # (Q, 4 + bins)
+    merged = {q: Histogram() for q in quantizers}
+    for process in gather(states):
+        for histogram, state in zip(merged.values(), process, strict=True):
+            histogram.merge(Histogram.from_state(state))
+    return merged
+
+
+def watch(
+    student: Chain, watchers: Mapping[ActQuantizer, Callable[[Tensor], object]], images: Tensor, device: torch.device
+) -> None:
+    """Run the float network over `images` in batches; every quantizer's watcher is given what the quantizer reads.
+
+    Raises:
+        PTQError: what a watcher raises, naming the unit, or images the network can't take.
+    """
+
+    def show(quantizer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(quantizer, ActQuantizer)
+        watchers[quantizer](args[0])
+
+    hooks = [quantizer.register_forward_pre_hook(show) for quantizer in watchers]
     try:
         with float_mode(student), torch.no_grad():
             for x in chunks(images):
@@ -95,17 +116,6 @@ def observe(student: Chain, images: Tensor, device: torch.device, gather: Gather
     finally:
         for hook in hooks:
             hook.remove()
-    states = torch.stack([histograms[q].state() for q in quantizers]).to(device)  # (Q, 4 + bins)
-    merged = {q: Histogram() for q in quantizers}
-    for process in gather(states):
-        for histogram, state in zip(merged.values(), process, strict=True):
-            histogram.merge(Histogram.from_state(state))
-    return merged
-
-
-def _observe(histograms: dict[ActQuantizer, Histogram], quantizer: nn.Module, args: tuple[Tensor, ...]) -> None:
-    assert isinstance(quantizer, ActQuantizer)
-    histograms[quantizer].update(args[0])
 
 
 def _run_unit(unit: nn.Module, x: Tensor, name: str) -> Tensor:

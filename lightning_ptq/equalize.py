@@ -12,10 +12,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lightning_ptq.cache import chunks
+from lightning_ptq.calibration import watch
 from lightning_ptq.config import NormScaling
+from lightning_ptq.graph.norms import NormGroup
 from lightning_ptq.graph.units import Chain
-from lightning_ptq.quantizers import float_mode
+from lightning_ptq.quantizers import ActQuantizer
 
 # SmoothQuant's alpha: how much of the difference between channels goes to the weights.
 MIGRATION = 0.5
@@ -39,19 +40,15 @@ def equalize_norms(
         how: "ranges" gives every channel the same middle and width, as RepQ-ViT does (Li et al. 2023) but with shifts
             that need not be whole steps; "smooth" divides by max|x|^0.5 / max|w|^0.5 (SmoothQuant, Xiao et al. 2023).
         gather: tensor -> that tensor of every process.
+
+    Raises:
+        PTQError: images the network can't take.
     """
     if how == "none" or not student.norms:
         return
-    quantizers = [student.find(group.quantizer) for group in student.norms]
-    ends: dict[nn.Module, list[Tensor]] = {quantizer: [] for quantizer in quantizers}
-    hooks = [q.register_forward_pre_hook(partial(_observe, ends)) for q in quantizers]
-    try:
-        with float_mode(student), torch.no_grad():
-            for x in chunks(images):
-                student(x.to(device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    quantizers = [_quantizer(student, group) for group in student.norms]
+    ends: dict[ActQuantizer, list[Tensor]] = {quantizer: [] for quantizer in quantizers}
+    watch(student, {q: partial(_note, found) for q, found in ends.items()}, images, device)
     for group, quantizer in zip(student.norms, quantizers, strict=True):
         low, high = torch.stack(list(gather(torch.stack(ends[quantizer]).mean(0)))).mean(0)  # (C,)
         norm, layers = student.find(group.norm), [student.find(name) for name in group.layers]
@@ -96,6 +93,12 @@ def _weight(layer: nn.Module) -> Tensor:
     return layer.weight
 
 
-def _observe(ends: dict[nn.Module, list[Tensor]], quantizer: nn.Module, args: tuple[Tensor, ...]) -> None:
-    rows = args[0].detach().float().flatten(0, -2)  # (rows, C)
-    ends[quantizer].append(torch.stack([rows.amin(0), rows.amax(0)]))
+def _quantizer(student: Chain, group: NormGroup) -> ActQuantizer:
+    quantizer = student.find(group.quantizer)
+    assert isinstance(quantizer, ActQuantizer)
+    return quantizer
+
+
+def _note(ends: list[Tensor], x: Tensor) -> None:
+    rows = x.detach().float().flatten(0, -2)  # (rows, C)
+    ends.append(torch.stack([rows.amin(0), rows.amax(0)]))

@@ -153,3 +153,17 @@ def test_only_moves_of_whole_channel_vectors_may_lie_between(move: Any, found: i
 
     assert len(build_chain(Moved().eval(), QuantConfig(), "net").student.norms) == found
     assert build_chain(Moved().eval(), QuantConfig(norms="none"), "net").student.norms == ()
+
+
+def test_images_that_do_not_fit_are_refused_by_the_units_name() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm, self.fc = nn.Conv2d(3, 6, 1), nn.LayerNorm(4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.norm(self.stem(x).mean(2)))
+
+    student = build_chain(Flat().eval(), QuantConfig(), "block").student
+    with pytest.raises(PTQError, match="unit 'fc' can't take an input of shape"):
+        equalize_norms(student, torch.randn(8, 3, 5, 5), "ranges", CPU, alone)
