@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -106,16 +107,16 @@ class StepCheckpoint(ModelCheckpoint):
 
 
 class PredictionFile(Callback):
-    """Writes what `predict` computes to `predictions.pt` in the run folder: the student's outputs (images, ...).
+    """Writes what `predict` computes to `predictions.pt` in the run folder: outputs (images, ...), or detections.
 
     For the command line, which drops what the Trainer returns. With several processes, each writes a file of its own.
     """
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._outputs: list[Tensor] = []
+        self._outputs: list[Any] = []
 
     def on_predict_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any) -> None:
-        self._outputs.append(outputs.cpu())
+        self._outputs.append(move_data_to_device(outputs, torch.device("cpu")))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write and say where."""
@@ -124,7 +125,8 @@ class PredictionFile(Callback):
         rank = f"_{trainer.global_rank}" if trainer.world_size > 1 else ""
         path = run_folder(trainer) / f"predictions{rank}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(torch.cat(self._outputs), path)
+        tensors = all(isinstance(output, Tensor) for output in self._outputs)
+        torch.save(torch.cat(self._outputs) if tensors else [x for batch in self._outputs for x in batch], path)
         print(f"predictions: {path}", flush=True)  # noqa: T201 (the result)
 
 

@@ -19,6 +19,7 @@ from lightning_ptq.calibration import RANGE_IMAGES
 from lightning_ptq.callbacks import PredictionFile
 from lightning_ptq.checks import check_run_folder
 from lightning_ptq.datamodule import CalibrationDataModule
+from lightning_ptq.eight_bits import PLAN_IMAGES, eight_bits
 from lightning_ptq.errors import PTQError
 from lightning_ptq.front import front_data, front_text, pareto_front, plot_front
 from lightning_ptq.module import PTQModule
@@ -109,12 +110,17 @@ class Trainer(L.Trainer):
     """Lightning's Trainer and two more subcommands."""
 
     def plan(self, model: L.LightningModule, datamodule: CalibrationDataModule | None = None) -> None:
-        """Print each unit: layers, bits, shapes, parameters, cache size, and what stays float. Runs nothing."""
+        """Print each unit: layers, bits, shapes, parameters, cache size, and what stays float.
+
+        Where there are calibration images, a few of them show what 8 bits do to the network.
+        """
         assert isinstance(model, PTQModule)
         if datamodule is None or datamodule.image_shape is None:
             raise PTQError("plan needs the images' shape. Give the data section of the config.")
-        shape, samples = datamodule.image_shape, datamodule.calibration_samples
-        print(plan_text(model.chains, model.quant, shape, samples, network=model.network_steps > 0))
+        shape, samples = model.input_shape(datamodule.image_shape), datamodule.calibration_samples
+        part = None if model.surroundings is None else model.surroundings.part
+        print(plan_text(model.chains, model.quant, shape, samples, network=model.network_steps > 0, part=part))
+        print(f"\n{_eight_bits_text(model, datamodule, self.strategy.root_device)}")
 
     def sensitivity(self, model: L.LightningModule, datamodule: CalibrationDataModule | None = None) -> None:
         """Print what each tensor costs at 2, 3, 4 and 8 bits, and the best mixtures.
@@ -154,6 +160,17 @@ class SaveRunConfig(SaveConfigCallback):
 
 # Words that Lightning takes in place of a checkpoint's path.
 _FOUND_BY_LIGHTNING = ("best", "last", "hpc", "registry")
+
+
+def _eight_bits_text(model: PTQModule, datamodule: CalibrationDataModule, device: torch.device) -> str:
+    try:
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        # As one of so many processes: that reads no more images than are looked at.
+        few = datamodule.calibration_images(0, max(1, datamodule.calibration_samples // PLAN_IMAGES))
+        return eight_bits(model.to(device).chains, model.checked(few).to(device), model.quant, device).text()
+    except PTQError as error:
+        return f"not tried with 8 bits: {error}"
 
 
 class PTQCLI(LightningCLI):

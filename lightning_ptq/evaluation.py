@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -10,56 +11,80 @@ from torchmetrics import Metric
 
 from lightning_ptq.errors import PTQError
 from lightning_ptq.graph import Chain
-from lightning_ptq.metrics import MEASURES, NO_LABEL, classes, has_classes
+from lightning_ptq.metrics import MEASURES, NO_LABEL, classes, has_scores
 from lightning_ptq.quantizers import initial_ranges, weight_quantizers
+from lightning_ptq.surroundings import Surroundings
 
 
 class Evaluation(L.LightningModule):
     """The part of a `PTQModule` that looks at both networks and changes neither."""
 
-    def __init__(self, teacher: Chain, student: Chain) -> None:
+    def __init__(self, teacher: Chain, student: Chain, surroundings: Surroundings | None = None) -> None:
         super().__init__()
         self.teacher, self.student = teacher, student
+        # What a part's model is around it, in float; None where all of the model is quantized.
+        self.surroundings = surroundings
+        self._gives_tensor: bool | None = None
         self.rates = nn.ModuleDict({name: measure() for name, measure in MEASURES.items()})
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The student's output for images (N, C, H, W)."""
-        return self.student(x)  # type: ignore[no-any-return]
+    def forward(self, x: Any) -> Any:
+        """The quantized model's output for images (N, C, H, W); of a part's model, whatever that takes and returns."""
+        return self.student(x) if self.surroundings is None else self.surroundings(x, self.student)
 
     def train(self, mode: bool = True) -> Evaluation:
-        """Both networks stay in eval mode: live dropout or batch statistics would be calibrated into the result."""
+        """All networks stay in eval mode: live dropout or batch statistics would be calibrated into the result."""
         super().train(mode)
-        self.teacher.eval()
-        self.student.eval()
+        for network in (self.teacher, self.student, self.surroundings):
+            if network is not None:
+                network.eval()
         return self
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Teacher, round-to-nearest and student on one batch of images, with or without labels."""
         images, labels = _images_and_labels(batch)
-        images = self.teacher.laid_out(images, images.device)
-        outputs = {"teacher": self.teacher(images)}
+        run, whole = self._comparison(images)
+        outputs = {"teacher": run(self.teacher)}
         teacher = outputs["teacher"]
+        has_classes = whole and has_scores(teacher)
+        labels = labels if has_classes else None
         if labels is not None and teacher.dim() > 2:
             labels = pixel_labels(labels, teacher)
-        if labels is not None and has_classes(teacher) and labels.shape == teacher.select(1, 0).shape:
+        if labels is not None and labels.shape == teacher.select(1, 0).shape:
             counted = labels[labels != NO_LABEL] if teacher.dim() > 2 else labels
             _check_labels(int(counted.max()) if len(counted) else 0, teacher.shape[1])
         if self.trainer.sanity_checking:
             return  # images and labels have passed; what Lightning measures here it throws away
-        outputs["student"] = self.student(images)
+        outputs["student"] = run(self.student)
         with initial_ranges(self.student):
-            outputs["nearest"] = self.student(images)
+            outputs["nearest"] = run(self.student)
         for name, output in outputs.items():
             if labels is not None:
                 self._measure_labels(name, output, labels)
             if name != "teacher":
                 self._measure(f"{name}_sqnr_db", output, teacher)
-                if has_classes(output):
+                if has_classes:
                     self._measure(f"{name}_agreement", classes(output), classes(teacher))
+
+    def _comparison(self, images: Any) -> tuple[Callable[[Chain], Tensor], bool]:
+        """(chain -> what to compare of it on `images`, whether that is the model's own output and not a part's).
+
+        Where a part's model gives no tensor, such as detections, the part's output is compared.
+        """
+        around = self.surroundings
+        if around is None:
+            images = self.teacher.laid_out(images, images.device)
+            return lambda chain: chain(images), True
+        if self._gives_tensor is None:
+            self._gives_tensor = isinstance(around(images, self.teacher), Tensor)
+        if self._gives_tensor:
+            return lambda chain: around(images, chain), True
+        read = around.inputs(images)
+        read = self.teacher.laid_out(read, read.device)
+        return lambda chain: chain(read), False
 
     def _measure_labels(self, name: str, output: Tensor, labels: Tensor) -> None:
         """Compare an output with labels of images, or of pixels."""
-        if not has_classes(output) or labels.shape != (predicted := classes(output)).shape:
+        if labels.shape != (predicted := classes(output)).shape:
             return
         if output.dim() > 2:
             self._measure(f"{name}_miou", output, labels)
@@ -83,9 +108,9 @@ class Evaluation(L.LightningModule):
         """The same as `validation_step`."""
         self.validation_step(batch, batch_idx)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The student's output for one batch of images."""
-        return self(_images_and_labels(batch)[0])  # type: ignore[no-any-return]
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        """The quantized model's output for one batch of images."""
+        return self(_images_and_labels(batch)[0])
 
     def _measure(self, name: str, result: Tensor, reference: Tensor) -> None:
         metric = self.rates[name]
@@ -110,8 +135,8 @@ def _check_labels(largest: int, outputs: int) -> None:
         )
 
 
-def _images_and_labels(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """Images and, if there are any, labels of a validation batch."""
+def _images_and_labels(batch: Any) -> tuple[Any, Tensor | None]:
+    """Images and, if there are any, labels of a validation batch; images of different sizes are a list."""
     if isinstance(batch, dict):
         batch = list(batch.values())
     if isinstance(batch, (tuple, list)):

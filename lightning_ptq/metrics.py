@@ -201,7 +201,7 @@ MEASURES: dict[str, type[Metric]] = {
 }
 
 
-def has_classes(output: Tensor) -> bool:
+def has_scores(output: Tensor) -> bool:
     """Whether an output (N, C, ...) can be scores of classes: a single number for each position can't."""
     return output.dim() >= 2 and output.shape[1] > 1
 

@@ -50,13 +50,18 @@ from lightning_ptq.quantizers import forget_ranges
 from lightning_ptq.seeds import mixed_seed
 from lightning_ptq.selection import select
 from lightning_ptq.session import CachePolicy, Images, Session, World
+from lightning_ptq.surroundings import Surroundings, likely_part, without_classes
+
+# State that is the user's model, not the calibration's: in no checkpoint.
+_FROZEN = ("teacher.", "surroundings.")
 
 
 class PTQModule(Evaluation):
     """Frozen full-precision teacher and quantized student; training optimises quantization parameters only.
 
     Args:
-        model: the trained network, in eval mode; one image tensor (N, C, H, W) in, one tensor out. It is not changed.
+        model: the trained network, in eval mode; one image tensor (N, C, H, W) in, one tensor out, or a detector. It is
+            not changed.
         quant: what to quantize to how many bits.
         method: preset "nearest", "adaround", "brecq", "qdrop", "pdquant" or "flexround" (see `methods.py`).
         contrastive: add the contrastive term of CL-Calib to the method's loss.
@@ -76,6 +81,8 @@ class PTQModule(Evaluation):
             distribution_steps: coordinates of the method that differ from the preset.
         leaf_modules: name patterns of modules that are not traced and stay in floating point.
         image_shape: (C, H, W) of the images, for models that only `torch.export` can follow; None guesses it.
+        part: qualified name of the submodule to quantize, all else stays in float; it takes one tensor and returns
+            tensors. None takes all of the model, or the `backbone` of a detector.
         terms: further loss terms of units by name; they do not join the last epoch.
         cache: where activations are kept: on the "device", on the "host", or "auto": on the device if they fit.
         held_out: share of the calibration images that no step draws; they judge each unit and measure its information.
@@ -115,6 +122,7 @@ class PTQModule(Evaluation):
         distribution_steps: int | None = None,
         leaf_modules: Sequence[str] = (),
         image_shape: Sequence[int] | None = None,
+        part: str | None = None,
         terms: dict[str, Term] | None = None,
         cache: CachePolicy = "auto",
         held_out: float = 0.0,
@@ -145,16 +153,23 @@ class PTQModule(Evaluation):
             prediction=prediction,
             distribution_steps=distribution_steps,
         )
+        part = likely_part(model) if part is None else part
+        surroundings = None if part is None else Surroundings(model, part)
+        if surroundings is not None:
+            image_shape = None if image_shape is None else surroundings.shape_of(image_shape)
         chains = build_chain(
-            model,
+            model if part is None else model.get_submodule(part),
             quant,
             coordinates.granularity,
             rounding=coordinates.rounding,
             leaf_modules=leaf_modules,
             image_shape=image_shape,
+            is_part=part is not None,
         )
-        super().__init__(chains.teacher, chains.student)
+        super().__init__(chains.teacher, chains.student, surroundings)
         self.chains, self.method = chains, coordinates
+        if part is not None:
+            critic = without_classes(coordinates, critic)
         self.method_name, self.quant, self.critic = method, quant, critic
         self.contrastive = contrastive = contrastive and coordinates.learns
         self.model_name, self.rounding_weight = type(model).__name__, rounding_weight
@@ -186,12 +201,16 @@ class PTQModule(Evaluation):
         self._model_digest = model_digest(self.teacher)
         self._drop = DropMask(self.method.drop)
         # Equal on all ranks by construction, and DDP wraps anew for every unit.
-        self._ddp_params_and_buffers_to_ignore = [f"teacher.{name}" for name in self.teacher.state_dict()]
+        self._ddp_params_and_buffers_to_ignore = [name for name in self.state_dict() if name.startswith(_FROZEN)]
         self._select(None)
 
     def _network_steps(self, asked: int | None) -> int:
         """Steps of the last epoch, or 0 where it has nothing to learn or nothing before its head."""
         learns = self.method.learns_network(self.network_rounding_lr > 0)
+        if self.student.is_part:
+            if asked:
+                raise PTQError(f"network_steps={asked}: that epoch compares class scores, and a part has none. Use 0.")
+            return 0
         if learns and len(self.student) > 1:
             return default_network_steps(self.steps_per_unit) if asked is None else asked
         if asked and self.method.learns:
@@ -314,9 +333,9 @@ class PTQModule(Evaluation):
         self.leave_units()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the teacher out; add what identifies the run and what is known of the finished units."""
+        """Leave all that is frozen out; add what identifies the run and what is known of the finished units."""
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith("teacher.")}
+        checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith(_FROZEN)}
         checkpoint["lightning_ptq"] = {
             "model": self._model_digest,
             "structure": self._structure(),
@@ -325,7 +344,7 @@ class PTQModule(Evaluation):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another run's checkpoint; give the live teacher's tensors back so that loading stays strict."""
+        """Refuse another run's checkpoint; give what is frozen back so that loading stays strict."""
         saved = checkpoint.get("lightning_ptq")
         if saved is None:
             raise PTQError("the checkpoint was not written by lightning_ptq. Give one from a fit's checkpoints folder.")
@@ -340,7 +359,7 @@ class PTQModule(Evaluation):
             live = {key: value for key, value in self.state_dict().items() if key.endswith(".ratio_sums")}
             checkpoint["state_dict"].update(live)
         self.session.load_state(saved["session"])
-        checkpoint["state_dict"].update({f"teacher.{k}": v for k, v in self.teacher.state_dict().items()})
+        checkpoint["state_dict"].update({k: v for k, v in self.state_dict().items() if k.startswith(_FROZEN)})
 
     # ---- steps ----
 
@@ -462,10 +481,16 @@ class PTQModule(Evaluation):
             strategy.configure_ddp()
 
     def checked(self, images: Tensor) -> Tensor:
-        """The calibration images, before anything long is done with them."""
+        """What the quantized network reads of the calibration images, before anything long is done with them."""
+        if self.surroundings is not None:
+            images = self.surroundings.all_inputs(images)
         self.teacher.check_images(images)
         self.augment.check(images)
         return images
+
+    def input_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of what the quantized network reads when images have `image_shape` (C, H, W)."""
+        return image_shape if self.surroundings is None else self.surroundings.shape_of(image_shape)
 
     def judge_last_unit(self) -> None:
         """Judge a unit that was not because the fit resumed behind its last step, where Lightning runs no loop."""
@@ -543,7 +568,8 @@ class PTQModule(Evaluation):
 
     def _structure(self) -> dict[str, Any]:
         """Settings that decide which parameters there are and what they mean."""
-        return self.quant.to_dict() | {"granularity": self.method.granularity, "rounding": self.method.rounding}
+        part = {} if self.surroundings is None else {"part": self.surroundings.part}
+        return self.quant.to_dict() | {"granularity": self.method.granularity, "rounding": self.method.rounding} | part
 
     def _settings(self) -> dict[str, Any]:
         """Settings, the Trainer's among them, that decide how calibration proceeds."""

@@ -37,14 +37,21 @@ def unit_shapes(chain: Chain, image_shape: tuple[int, ...]) -> list[tuple[int, .
 
 
 def plan_text(
-    chains: ChainPair, quant: QuantConfig, image_shape: tuple[int, ...], samples: int, network: bool = False
+    chains: ChainPair,
+    quant: QuantConfig,
+    image_shape: tuple[int, ...],
+    samples: int,
+    network: bool = False,
+    part: str | None = None,
 ) -> str:
     """One line for each unit with shapes, parameters and cache size, one for each layer, and what stays float.
 
-    `network` adds the epoch of the whole network, which has no layers of its own.
+    `network` adds the epoch of the whole network, which has no layers of its own. Where but a `part` of a model is
+    quantized, `image_shape` is that of what it reads.
     """
     shapes = unit_shapes(chains.teacher, image_shape)
     lines = [
+        *([f"of the model, the part {part!r} only: all around it stays in floating point"] if part else []),
         f"{len(chains.student)} units for {samples} calibration images of shape {_shape(shapes[0])}, "
         f"W{quant.weight_bits}A{quant.act_bits}, edges {quant.edges}, placement {quant.placement}",
         "",

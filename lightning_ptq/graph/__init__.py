@@ -9,6 +9,7 @@ from typing import get_args
 from torch import fx, nn
 
 from lightning_ptq.config import Granularity, QuantConfig, check_option
+from lightning_ptq.graph.affine import fold_affine
 from lightning_ptq.graph.attention import decompose_attention
 from lightning_ptq.graph.capture import capture
 from lightning_ptq.graph.constants import fold_constants
@@ -69,6 +70,7 @@ def build_chain(
     rounding: str = "nearest",
     leaf_modules: Sequence[str] = (),
     image_shape: Sequence[int] | None = None,
+    is_part: bool = False,
 ) -> ChainPair:
     """Turn `model` into a teacher and a student, cut into units; the model itself is not modified.
 
@@ -79,13 +81,15 @@ def build_chain(
         rounding: how the student's weights are rounded.
         leaf_modules: patterns of qualified names of modules to keep whole, in float, instead of tracing them.
         image_shape: (C, H, W) of the images, for models that only torch.export can follow; None guesses it.
+        is_part: of another model, which reads all of its outputs: they are returned packed (`pack.py`), not the main
+            one only, and are no scores of classes.
 
     Raises:
         PTQError: the model cannot be traced or has nothing to quantize; a pattern matches nothing; an
             unknown granularity.
     """
     check_option(granularity, get_args(Granularity), "granularity")
-    captured = capture(model, leaf_modules, image_shape)
+    captured = capture(model, leaf_modules, image_shape, is_part)
     gm = captured.gm
     normalise(gm)
     fold_constants(gm)
@@ -93,6 +97,7 @@ def build_chain(
     modularise(gm, leaf_modules)
     untie(gm)
     fold_batch_norm(gm)
+    fold_affine(gm)
     placement = place_quantizers(gm, config, leaf_modules)
     norms = find_norms(placement) if config.norms != "none" else ()
     give_biases(gm, norms)
@@ -113,8 +118,8 @@ def build_chain(
     teacher = [build_unit(gm, unit, start, end, {}, placement.quantizers, inner) for unit, start, end, inner in parts]
     any_layout = any_layout_will_do(gm)
     return ChainPair(
-        Chain(teacher, names, any_layout, captured.image_shape).eval(),
-        Chain(student, names, any_layout, captured.image_shape, norms).eval(),
+        Chain(teacher, names, any_layout, captured.image_shape, is_part=is_part).eval(),
+        Chain(student, names, any_layout, captured.image_shape, norms, is_part).eval(),
         layers,
         tuple(placement.products.values()),
         float_ops(placement),

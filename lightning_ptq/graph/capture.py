@@ -44,13 +44,19 @@ class Captured:
     islands: tuple[str, ...] = ()
 
 
-def capture(model: nn.Module, leaf_modules: Sequence[str] = (), image_shape: Sequence[int] | None = None) -> Captured:
+def capture(
+    model: nn.Module,
+    leaf_modules: Sequence[str] = (),
+    image_shape: Sequence[int] | None = None,
+    is_part: bool = False,
+) -> Captured:
     """The graph of a copy of `model`.
 
     Args:
         model: in eval mode, takes one tensor and returns one tensor.
         leaf_modules: patterns of qualified module names that stay in floating point.
         image_shape: (C, H, W) of the images, for models that fx cannot follow; None guesses it from the model.
+        is_part: of another model, which reads all of its outputs: they are returned packed, not the main one only.
 
     Raises:
         PTQError: what `trace` raises; for code that nothing can follow, what each of the ways said.
@@ -58,7 +64,7 @@ def capture(model: nn.Module, leaf_modules: Sequence[str] = (), image_shape: Seq
     traced: fx.GraphModule | None = None
     failure: TraceError | None = None
     try:
-        traced = trace(model, leaf_modules)
+        traced = trace(model, leaf_modules, is_part)
     except TraceError as error:
         failure = error
     else:
@@ -67,7 +73,7 @@ def capture(model: nn.Module, leaf_modules: Sequence[str] = (), image_shape: Seq
     shape = check_shape(image_shape) if image_shape is not None else likely_image_shape(model)
     try:
         run_on_zeros(model, shape)
-        return Captured(exported(model, shape), shape)
+        return Captured(exported(model, shape, is_part), shape)
     except Exception as error:
         refusal = f"{type(error).__name__}: {textwrap.shorten(str(error), 300, placeholder=' ...')}"
         if isinstance(error, WrongShape) and (image_shape is not None or traced is None):
@@ -86,7 +92,7 @@ def capture(model: nn.Module, leaf_modules: Sequence[str] = (), image_shape: Seq
             )
             return Captured(traced)
         assert failure is not None
-        return with_islands(model, leaf_modules, failure, shape, refusal)
+        return with_islands(model, leaf_modules, failure, shape, refusal, is_part)
 
 
 class WrongShape(Exception):
@@ -111,7 +117,12 @@ def run_on_zeros(model: nn.Module, shape: Sequence[int]) -> None:
 
 
 def with_islands(
-    model: nn.Module, leaf_modules: Sequence[str], failure: TraceError, shape: Sequence[int], refusal: str
+    model: nn.Module,
+    leaf_modules: Sequence[str],
+    failure: TraceError,
+    shape: Sequence[int],
+    refusal: str,
+    is_part: bool,
 ) -> Captured:
     """Trace with the innermost module that fx cannot follow kept whole, as often as it takes."""
     islands: list[str] = []
@@ -120,7 +131,7 @@ def with_islands(
             break
         islands.append(failure.path[-1])
         try:
-            gm = trace(model, [*leaf_modules, *islands])
+            gm = trace(model, [*leaf_modules, *islands], is_part)
         except TraceError as error:
             failure = error
         else:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, export
 
-from lightning_ptq.graph.trace import check_output, op_name, pick_output, words
+from lightning_ptq.graph.trace import op_name, set_output, words
 
 # Copies of memory and checks: they change no value.
 _NO_OPS = words("clone alias detach lift_fresh_copy lift_fresh contiguous dropout")
@@ -29,8 +29,10 @@ _FACTORIES = {name: getattr(torch.ops.aten, f"new_{name}").default for name in (
 _END = 2**62
 
 
-def exported(model: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule:
+def exported(model: nn.Module, image_shape: Sequence[int], is_part: bool = False) -> fx.GraphModule:
     """The graph of a copy of `model`, in eval mode, for images of `image_shape` (C, H, W) in batches of any size.
+
+    All outputs of what `is_part` of another model are returned, packed, not the main one only.
 
     Raises:
         Exception: whatever `torch.export` raises.
@@ -47,8 +49,7 @@ def exported(model: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule:
     assert isinstance(gm, fx.GraphModule)
     output = gm.graph.output_node()
     values = torch.utils._pytree.tree_unflatten(_numbers(output.args[0]), program.call_spec.out_spec)
-    output.args = (pick_output(values),)
-    check_output(model, gm)
+    set_output(model, gm, values, is_part)
     restore_stacks(gm, model)
     for node in list(gm.graph.nodes):
         simplify(gm, node)

@@ -185,22 +185,30 @@ def why_not_foldable(gm: fx.GraphModule, node: fx.Node, norm: _BatchNorm) -> str
 @torch.no_grad()
 def fold_into(layer: nn.Module, norm: _BatchNorm) -> None:
     """Give `layer` the weight (O, ...) and bias (O,) of layer and norm together, computed in fp64."""
-    weight, bias = layer.weight, layer.bias
-    assert isinstance(weight, Tensor)
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    scale = (norm.running_var.double() + norm.eps).rsqrt()  # (O,)
+    factor = (norm.running_var.double() + norm.eps).rsqrt()  # (O,)
     if norm.affine:
-        scale = scale * norm.weight.double()
-    shift = -norm.running_mean.double() if bias is None else _double(bias) - norm.running_mean.double()
-    shift = shift * scale
+        factor = factor * norm.weight.double()
     offset = norm._parameters.get("bias")
-    if offset is not None:
-        shift = shift + offset.double()
-    folded = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
-    deviation = scale.abs() * norm.running_var.double().sqrt()
+    shift = -norm.running_mean.double() * factor
+    fold_channels(layer, factor, shift if offset is None else shift + offset.double())
+    deviation = factor.abs() * norm.running_var.double().sqrt()
     mean = torch.zeros_like(norm.running_mean) if offset is None else offset.detach().float()
     vars(layer)[_STATISTICS] = (mean, deviation.float().clamp(min=1e-6))
+
+
+@torch.no_grad()
+def fold_channels(layer: nn.Module, factor: Tensor, shift: Tensor) -> None:
+    """Make `layer` give factor * y + shift where it gave y; both (O,), float64."""
+    weight, bias = layer.weight, layer._parameters["bias"]
+    assert isinstance(weight, Tensor)
+    folded = weight.double() * factor.view(-1, *[1] * (weight.dim() - 1))
+    if (known := statistics_of(layer)) is not None:
+        mean, deviation = known
+        vars(layer)[_STATISTICS] = ((mean * factor + shift).float(), (deviation * factor.abs()).float().clamp(min=1e-6))
+    if bias is not None:
+        shift = shift + bias.double() * factor
     # New Parameters: another module may hold the old ones.
     layer.weight = nn.Parameter(folded.to(weight.dtype), requires_grad=False)
     layer.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=False)
@@ -213,8 +221,3 @@ def statistics_of(layer: nn.Module) -> Statistics | None:
     """
     statistics: Statistics | None = vars(layer).get(_STATISTICS)
     return statistics
-
-
-def _double(bias: Tensor | nn.Module) -> Tensor:
-    assert isinstance(bias, Tensor)
-    return bias.double()

@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.nn.modules.activation import MultiheadAttention
 
 from lightning_ptq.errors import PTQError
+from lightning_ptq.graph.pack import pack_outputs
 
 # Frames from here are never the line that the user can change.
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
@@ -93,12 +94,13 @@ class ModuleTracer(fx.Tracer):
         return root_fn, [self.root, self.create_proxy("placeholder", name, (), {})]
 
 
-def trace(model: nn.Module, leaf_modules: Sequence[str] = ()) -> fx.GraphModule:
+def trace(model: nn.Module, leaf_modules: Sequence[str] = (), is_part: bool = False) -> fx.GraphModule:
     """Trace a copy of `model` in eval mode; nodes carry `meta["nn_module_stack"]`.
 
     Args:
         model: takes one tensor and returns one tensor, or a dict with one; it is not modified.
         leaf_modules: patterns of qualified module names to keep whole (and in float).
+        is_part: of another model, which reads all of its outputs: they are returned packed, not the main one only.
 
     Raises:
         PTQError: a module in training mode, a pattern without a match, code that fx cannot trace (with the line),
@@ -114,9 +116,8 @@ def trace(model: nn.Module, leaf_modules: Sequence[str] = ()) -> fx.GraphModule:
         raise
     except Exception as error:
         raise TraceError(describe_failure(model, tracer.path, error), tracer.path) from error
-    graph.output_node().args = (pick_output(graph.output_node().args[0]),)
     gm = fx.GraphModule(root, graph)
-    check_output(model, gm)
+    set_output(model, gm, graph.output_node().args[0], is_part)
     return gm
 
 
@@ -179,8 +180,15 @@ def pick_output(output: Any) -> Any:
     return output
 
 
-def check_output(model: nn.Module, gm: fx.GraphModule) -> None:
-    """Raise `PTQError` if the model returns something that is known not to be one tensor."""
+def set_output(model: nn.Module, gm: fx.GraphModule, returned: Any, is_part: bool) -> None:
+    """Make `gm` return one tensor: the main one of what the model `returned`, or, of a part, all.
+
+    Raises:
+        PTQError: the model returns something that is known not to be that.
+    """
+    gm.graph.output_node().args = (returned if is_part else pick_output(returned),)
+    if is_part:
+        pack_outputs(gm)
     output = gm.graph.output_node().args[0]
     kind = node_kinds(gm)[output] if isinstance(output, fx.Node) else type(output).__name__.removeprefix("immutable_")
     if kind not in ("tensor", "opaque"):
@@ -188,6 +196,7 @@ def check_output(model: nn.Module, gm: fx.GraphModule) -> None:
             f"{type(model).__name__} returns a {kind}; a model to quantize returns one tensor, or a dict of them. "
             "Wrap it in a module that picks the output."
         )
+    gm.recompile()
 
 
 def describe_failure(model: nn.Module, path: Sequence[str], error: Exception) -> str:

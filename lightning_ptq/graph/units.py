@@ -24,6 +24,7 @@ class Chain(nn.Module):
         any_layout: whether no unit minds how its input is laid out in memory.
         image_shape: the only (C, H, W) of images that it takes; None if it takes any.
         norms: layer norms whose channels can be brought to one range.
+        is_part: the output is read by a model around it.
 
     Shape: input of unit `start` -> output of unit `stop - 1`.
     """
@@ -35,8 +36,10 @@ class Chain(nn.Module):
         any_layout: bool = False,
         image_shape: tuple[int, ...] | None = None,
         norms: tuple[NormGroup, ...] = (),
+        is_part: bool = False,
     ) -> None:
         super().__init__()
+        self.is_part = is_part
         self.any_layout, self.image_shape, self.norms = any_layout, image_shape, norms
         self.units = nn.ModuleList(units)
         self.names = tuple(names)

@@ -98,7 +98,7 @@ def test_what_stays_in_float_is_listed_with_a_reason():
 
         def forward(self, x):
             x = self.up(self.conv(x)).mean((2, 3))
-            x = F.linear(self.norm(x), self.weight) * self.gain
+            x = F.linear(self.norm(x), self.weight).relu() * self.gain
             return x @ torch.matmul(self.weight, self.weight @ torch.addmm(x, x, x.transpose(0, 1)))
 
     pair = build_chain(Net().eval(), QuantConfig(), "layer")

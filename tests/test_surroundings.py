@@ -1,0 +1,248 @@
+"""A part of a model is quantized in place: detectors around their backbones, and any submodule."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+from lightning_ptq import CalibrationDataModule, PTQError, PTQModule, QuantConfig
+from lightning_ptq.cli import main
+from lightning_ptq.config import QuantConfig as Config
+from lightning_ptq.graph import build_chain
+from lightning_ptq.graph.pack import Pack
+from lightning_ptq.surroundings import Surroundings, likely_part, outputs_of
+from tests.helpers import tiny_data, tiny_images, tiny_net, trainer
+
+
+def detector() -> FasterRCNN:
+    """A Faster R-CNN on a ResNet-18 with a feature pyramid and frozen batch norms, untrained but not trivial."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=0)
+        for module in backbone.modules():
+            if type(module).__name__ == "FrozenBatchNorm2d":
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 2.0)
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(0, 0.1)
+        return FasterRCNN(backbone, num_classes=4, min_size=64, max_size=96, box_score_thresh=0.0).eval()
+
+
+def detection_data() -> CalibrationDataModule:
+    """Images for calibration; for validation lists of images, of different sizes, and of targets, as for training."""
+    images = torch.rand(8, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    target = {"boxes": torch.tensor([[0.0, 0.0, 9.0, 9.0]]), "labels": torch.tensor([1])}
+    pairs: Any = [(images[0], target), (images[1, :, :24], target)]
+    validation = DataLoader(pairs, batch_size=2, collate_fn=lambda batch: tuple(zip(*batch, strict=True)))
+    return CalibrationDataModule.from_loaders(images.split(4), validation, calibration_samples=8)
+
+
+def part_module(**changes: Any) -> PTQModule:
+    settings: dict[str, Any] = {"steps_per_unit": 2, "batch_size": 4, "seed": 0, "granularity": "block"}
+    return PTQModule(detector(), QuantConfig(weight_bits=8, act_bits=8), **(settings | changes))
+
+
+def same(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_a_detector_with_the_teacher_in_place_of_its_backbone_detects_the_same() -> None:
+    net = detector().double()
+    images = [torch.rand(3, 40, 60).double(), torch.rand(3, 50, 40).double()]
+    around = Surroundings(net, "backbone")
+    chains = build_chain(net.backbone, Config(), "block", is_part=True)
+    assert not chains.floats  # frozen batch norms are folded, though they are no batch norm of torch's
+    read = around.inputs(images)
+    expected, actual = net.backbone(read), outputs_of(chains.teacher, read)
+    assert list(actual) == list(expected)
+    for key in expected:
+        same(actual[key], expected[key])
+    for found, wanted in zip(around(images, chains.teacher), net(images), strict=True):
+        assert len(wanted["boxes"])
+        for key in wanted:
+            same(found[key], wanted[key])
+
+
+def test_fit_leaves_a_quantized_detector_that_a_checkpoint_brings_back(tmp_path: Path) -> None:
+    module, net = part_module(), detector()
+    before = {name: value.clone() for name, value in module.state_dict().items() if name.startswith("surroundings.")}
+    fit = trainer(tmp_path, logger=False, enable_checkpointing=True)
+    fit.fit(module, datamodule=detection_data())
+    images = [torch.rand(3, 40, 60), torch.rand(3, 50, 40)]
+    with torch.no_grad():
+        found, wanted = module.eval()(images), net(images)
+    assert [set(f) for f in found] == [{"boxes", "labels", "scores"}] * 2
+    assert any(not torch.equal(f["boxes"], w["boxes"]) for f, w in zip(found, wanted, strict=True))  # quantized
+    assert before
+    for name, value in before.items():
+        assert torch.equal(module.state_dict()[name], value), name
+    # Eight bits keep the features; there are no classes to agree on.
+    assert float(fit.callback_metrics["student_sqnr_db"]) > 20
+    assert not any("agreement" in key or "top1" in key for key in fit.callback_metrics)
+
+    path = next(tmp_path.rglob("last.ckpt"))
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    assert not any(key.startswith(("surroundings.", "teacher.")) for key in saved)
+    again = PTQModule.load_from_checkpoint(
+        path, model=net, quant=QuantConfig(weight_bits=8, act_bits=8), granularity="block"
+    ).eval()
+    with torch.no_grad():
+        for f, w in zip(again(images), found, strict=True):
+            assert all(torch.equal(f[key], w[key]) for key in w)
+
+
+def test_calibration_sees_what_the_backbone_reads() -> None:
+    net = detector()
+    around = Surroundings(net, "backbone")
+    images = torch.rand(10, 3, 32, 48)
+    read = around.all_inputs(images)
+    assert tuple(read.shape[1:]) == around.shape_of((3, 32, 48)) == (3, 64, 96)
+    same(read, net.transform(list(images))[0].tensors)
+
+
+def test_a_part_of_a_classifier_is_judged_by_the_classifier(tmp_path: Path) -> None:
+    net = tiny_net()
+    module = PTQModule(
+        net, QuantConfig(weight_bits=8, act_bits=8), steps_per_unit=4, batch_size=8, seed=0, part="blocks"
+    )
+    assert module.student.names == ("0", "1")
+    fit = trainer(tmp_path, logger=False)
+    fit.fit(module, datamodule=tiny_data())
+    assert float(fit.callback_metrics["teacher_top1"]) == 100.0  # labels are the float network's own
+    assert float(fit.callback_metrics["student_agreement"]) > 90
+    images = tiny_images(8, seed=5)
+    with torch.no_grad():
+        expected = net.fc(module.student(torch.relu(net.bn(net.stem(images)))).mean((2, 3)))
+        torch.testing.assert_close(module.eval()(images), expected)
+
+
+class TwoOutputs(nn.Module):
+    """Features of different widths and dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Linear(4, 7)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.a(x)
+        return x, self.b(x.mean((2, 3)))
+
+
+@torch.no_grad()
+def test_outputs_are_packed_without_loss() -> None:
+    net, x = TwoOutputs().eval(), torch.randn(2, 3, 5, 5)
+    chain = build_chain(net, Config(), "block", is_part=True).teacher
+    packed = chain(x)
+    first, second = net(x)
+    assert packed.shape == (2, 7, 10)
+    same(packed[:, :4, :9], first.flatten(2))
+    same(packed[:, :, 9], second)
+    assert not packed[:, 4:, :9].any()
+    given = outputs_of(chain, x)
+    assert isinstance(given, tuple)
+    same(given[0], first)
+    same(given[1], second)
+    assert Pack(None)(first).shape == (2, 4, 9)
+
+
+class Calls(nn.Module):
+    """Calls its part as it is told to."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.part = how, nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "never":
+            return x
+        return self.part(x[:1] if self.how == "rows" else x.flatten(1)) if self.how != "keyword" else self.part(input=x)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PTQModule(detector(), part="backbon"), "part='backbon' names no module of FasterRCNN.*'backbone'"),
+        (lambda: PTQModule(detector(), method="pdquant"), "class scores, and a part has none"),
+        (lambda: PTQModule(detector(), network_steps=5), "network_steps=5: that epoch compares class scores"),
+        (lambda: PTQModule(detector().train()), "training mode"),
+        (lambda: Surroundings(Calls("never").eval(), "part").shape_of((3, 4, 4)), "does not call its part 'part'"),
+        (lambda: Surroundings(Calls("rows").eval(), "part").inputs(torch.ones(2, 3, 4, 4)), "a row for each image"),
+        (lambda: build_chain(Nested().eval(), Config(), "block", is_part=True), "something else than a tensor"),
+    ],
+)
+def test_bad_input_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(PTQError, match=message):
+        make()
+
+
+class Nested(nn.Module):
+    """Returns a list in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> dict[str, list[Tensor]]:
+        return {"levels": [self.conv(x), x]}
+
+
+def test_only_detectors_have_a_part_by_themselves() -> None:
+    assert likely_part(detector()) == "backbone"
+    assert likely_part(tiny_net()) is None
+
+
+def test_the_model_is_not_changed() -> None:
+    net = detector()
+    before = deepcopy(net.state_dict())
+    Surroundings(net, "backbone")
+    assert type(net.backbone).__name__ == "BackboneWithFPN"
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def build_detector() -> FasterRCNN:
+    """For the command line."""
+    return detector()
+
+
+def test_plan_and_predict_from_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "images"
+    for split in ("calib", "val"):
+        (folder / split / "a").mkdir(parents=True)
+        for i in range(4):
+            pixels = torch.randint(0, 255, (32, 48, 3), dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / split / "a" / f"{i}.png")
+    args = [
+        "--model.model=tests.test_surroundings.build_detector",
+        "--model.quant.weight_bits=8",
+        "--model.steps_per_unit=1",
+        "--model.batch_size=2",
+        "--data=ImageFolderData",
+        f"--data.root={folder}",
+        "--data.resize=null",
+        "--data.crop=null",
+        "--data.calibration_samples=4",
+        "--trainer.accelerator=cpu",
+        f"--trainer.default_root_dir={tmp_path / 'run'}",
+        "--trainer.logger=false",
+    ]
+    main(["plan", *args])
+    text = capsys.readouterr().out
+    assert text.startswith("of the model, the part 'backbone' only: all around it stays in floating point")
+    assert "3x64x96" in text
+    main(["fit", *args])
+    assert "output SQNR dB" in capsys.readouterr().out
+    checkpoint = next(tmp_path.rglob("last.ckpt"))
+    main(["predict", *args, f"--ckpt_path={checkpoint}"])
+    found = torch.load(next(tmp_path.rglob("predictions.pt")), weights_only=True)
+    assert len(found) == 4
+    assert all(set(image) == {"boxes", "labels", "scores"} for image in found)
