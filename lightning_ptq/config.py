@@ -13,6 +13,7 @@ EdgePolicy = Literal["8bit", "same"]
 Budget = Literal["bops", "size"]
 SoftmaxGrid = Literal["uniform", "log2"]
 NormScaling = Literal["ranges", "smooth", "none"]
+PairScaling = Literal["smooth", "none"]
 Granularity = Literal["layer", "block", "stage", "net"]
 
 WEIGHT_BITS = range(2, 9)
@@ -45,6 +46,7 @@ class QuantConfig:
         placement: "paper" puts one quantizer on every tensor that a quantizable layer reads.
         norms: how the channels of a layer norm's output, where linear layers alone read it, are brought together before
             they share one scale: to one range ("ranges"), halfway ("smooth") or not ("none"); see `equalize.py`.
+        pairs: the same for what lies between two layers, with at most a ReLU there: halfway ("smooth") or not ("none").
         softmax: grid of what a softmax gives: "uniform", or powers of two ("log2"), which resolve small probabilities;
             simulation only, no runtime has it.
         average_bits: choose the bits of every layer that neither `edges` nor `overrides` fix from 2, 3, 4 and 8, by
@@ -69,6 +71,7 @@ class QuantConfig:
     edges: EdgePolicy = "8bit"
     placement: Literal["paper"] = "paper"
     norms: NormScaling = "ranges"
+    pairs: PairScaling = "none"
     softmax: SoftmaxGrid = "uniform"
     average_bits: float | None = None
     budget: Budget = "bops"
@@ -83,6 +86,7 @@ class QuantConfig:
         check_option(self.edges, get_args(EdgePolicy), "edges")
         check_option(self.placement, ("paper",), "placement")
         check_option(self.norms, get_args(NormScaling), "norms")
+        check_option(self.pairs, get_args(PairScaling), "pairs")
         check_option(self.softmax, get_args(SoftmaxGrid), "softmax")
         check_option(self.budget, get_args(Budget), "budget")
         average = self.average_bits

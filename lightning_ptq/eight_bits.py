@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_ptq.cache import run_chunked
 from lightning_ptq.calibration import estimate_ranges
 from lightning_ptq.config import QuantConfig
-from lightning_ptq.equalize import equalize_norms
+from lightning_ptq.equalize import equalize
 from lightning_ptq.errors import PTQError
 from lightning_ptq.graph import ChainPair
 from lightning_ptq.metrics import classes, decibels, has_scores, signal_and_noise
@@ -70,7 +70,7 @@ def eight_bits(chains: ChainPair, images: Tensor, quant: QuantConfig, device: to
     teacher, student = chains.teacher, chains.student
     if any(q.enabled for q in weight_quantizers(student)):
         raise PTQError("eight bits are tried before calibration, and this network has ranges already.")
-    equalize_norms(student, images, quant.norms, device, _alone)
+    equalize(student, images, quant, device, _alone)
     quantizers: list[ActQuantizer | WeightQuantizer] = [*act_quantizers(student), *weight_quantizers(student)]
     before = [q.bits for q in quantizers]
     try:

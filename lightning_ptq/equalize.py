@@ -1,7 +1,8 @@
-"""Channels of a layer norm's output are brought to one range, so that one scale serves them all.
+"""Channels of one tensor are brought closer together, so that one scale serves them all.
 
-The factors and shifts that do it are folded into the norm and, inverted, into the linear layers that read it: both
-networks compute what they did before, an integer network stays as it is, and nothing is left to simulate.
+The factors and shifts that do it are folded into what writes the tensor, a layer norm or a layer, and, inverted, into
+the layers that read it: both networks compute what they did before, an integer network stays as it is, and nothing is
+left to simulate.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from lightning_ptq.calibration import watch
-from lightning_ptq.config import NormScaling
-from lightning_ptq.graph.norms import NormGroup
+from lightning_ptq.config import NormScaling, QuantConfig
+from lightning_ptq.graph.fold import statistics_of
+from lightning_ptq.graph.norms import ChannelGroup
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.quantizers import ActQuantizer
 
@@ -24,50 +27,65 @@ MIGRATION = 0.5
 _LEAST = 1e-2
 
 
-def equalize_norms(
+def equalize(
     student: Chain,
     images: Tensor,
-    how: NormScaling,
+    config: QuantConfig,
     device: torch.device,
     gather: Callable[[Tensor], Iterable[Tensor]],
 ) -> None:
-    """Rescale and shift the channels of every norm in `student.norms`, in place; the function stays.
+    """Rescale the channels of every group in `student.norms` and `student.pairs`, in place; the function stays.
 
     Norms and float weights are shared with the teacher, which therefore changes in the same way.
 
     Args:
         images: (N, C, H, W) of this process; ranges are means over its batches, and over processes.
-        how: "ranges" gives every channel the same middle and width, as RepQ-ViT does (Li et al. 2023) but with shifts
-            that need not be whole steps; "smooth" divides by max|x|^0.5 / max|w|^0.5 (SmoothQuant, Xiao et al. 2023).
+        config: how. Norms: "ranges" gives every channel the same middle and width, as RepQ-ViT does (Li et al. 2023)
+            but with shifts that need not be whole steps; "smooth" divides by max|x|^0.5 / max|w|^0.5 (SmoothQuant, Xiao
+            et al. 2023). Pairs: "smooth" does the same, which is cross-layer equalisation (Nagel et al. 2019) with what
+            the layer gives in the place of its weights: scales of its own are per channel. Where a channel's readers
+            read nothing else, as depthwise ones do, theirs lose nothing either, and the channels get one range.
         gather: tensor -> that tensor of every process.
 
     Raises:
         PTQError: images the network can't take.
     """
-    if how == "none" or not student.norms:
+    norms = student.norms if config.norms != "none" else ()
+    pairs = student.pairs if config.pairs != "none" else ()
+    groups = [*norms, *pairs]
+    if not groups:
         return
-    quantizers = [_quantizer(student, group) for group in student.norms]
+    quantizers = [_quantizer(student, group) for group in groups]
+    dims = [1 if isinstance(student.find(group.source), _ConvNd) else -1 for group in groups]
     ends: dict[ActQuantizer, list[Tensor]] = {quantizer: [] for quantizer in quantizers}
-    watch(student, {q: partial(_note, found) for q, found in ends.items()}, images, device)
-    for group, quantizer in zip(student.norms, quantizers, strict=True):
+    watchers = {q: partial(_note, ends[q], dim) for q, dim in zip(quantizers, dims, strict=True)}
+    watch(student, watchers, images, device)
+    for group, quantizer in zip(groups, quantizers, strict=True):
         low, high = torch.stack(list(gather(torch.stack(ends[quantizer]).mean(0)))).mean(0)  # (C,)
-        norm, layers = student.find(group.norm), [student.find(name) for name in group.layers]
-        weights = torch.stack([_weight(layer).abs().amax(0) for layer in layers]).amax(0)  # (C,)
-        fold(norm, layers, *factors(low, high, weights, how))
+        source, layers = student.find(group.source), [student.find(name) for name in group.layers]
+        weights = torch.stack([largest_by_input(layer) for layer in layers]).amax(0)  # (C,)
+        if isinstance(source, nn.LayerNorm):
+            fold(source, layers, *factors(low, high, weights, config.norms))
+        else:
+            free = config.weight_per == "channel" and all(_weight(layer).shape[1] == 1 for layer in layers)
+            fold(source, layers, *factors(low, high, weights, "smooth", 1.0 if free else MIGRATION))
 
 
-def factors(low: Tensor, high: Tensor, weights: Tensor, how: NormScaling) -> tuple[Tensor, Tensor]:
+def factors(
+    low: Tensor, high: Tensor, weights: Tensor, how: NormScaling, migration: float = MIGRATION
+) -> tuple[Tensor, Tensor]:
     """(factor, shift), all (C,): channels become (x + shift) / factor.
 
     Args:
         low, high: ends of each channel. weights: largest weight that reads it.
+        migration: with "smooth", how much of the difference between channels goes to the weights.
     """
     low, high = low.double(), high.double()
     if how == "ranges":
         width, shift = (high - low) / 2, -(high + low) / 2
     else:
         largest = torch.maximum(high.abs(), low.abs())
-        width = largest**MIGRATION / weights.double().clamp(min=1e-8) ** (1 - MIGRATION)
+        width = largest**migration / weights.double().clamp(min=1e-8) ** (1 - migration)
         shift = torch.zeros_like(width)
     mean = width.mean()
     if not bool(torch.isfinite(mean)) or float(mean) == 0.0:
@@ -76,16 +94,41 @@ def factors(low: Tensor, high: Tensor, weights: Tensor, how: NormScaling) -> tup
 
 
 @torch.no_grad()
-def fold(norm: nn.Module, layers: list[nn.Module], factor: Tensor, shift: Tensor) -> None:
-    """Make the norm give (x + shift) / factor and the layers that read it undo that, computed in float64."""
-    for parameter, value in ((norm.weight, 0.0), (norm.bias, shift)):
-        assert isinstance(parameter, Tensor)
-        parameter.copy_((parameter.double() + value) / factor)
+def fold(source: nn.Module, layers: list[nn.Module], factor: Tensor, shift: Tensor) -> None:
+    """Make `source` give (x + shift) / factor and the layers that read it undo that, computed in float64.
+
+    Behind an activation function only a shift of zero is undone.
+    """
+    weight, bias = _weight(source), source._parameters["bias"]
+    weight.copy_(weight.double() / factor.view(-1, *[1] * (weight.dim() - 1)))
+    if bias is not None:
+        bias.copy_((bias.double() + shift) / factor)
+    if (known := statistics_of(source)) is not None:  # the teacher's layer has the same tensors
+        for tensor in known:
+            tensor.div_(factor.to(tensor))
     for layer in layers:
-        weight, bias = _weight(layer), layer.bias
-        assert isinstance(bias, Tensor)
-        bias.copy_(bias.double() - weight.double() @ shift)
-        weight.copy_(weight.double() * factor)
+        weight, bias = _weight(layer), layer._parameters["bias"]
+        if bool(shift.any()):
+            assert bias is not None
+            bias.copy_(bias.double() - weight.double() @ shift)
+        weight.copy_(weight.double() * _by_input(layer, factor))
+
+
+def largest_by_input(layer: nn.Module) -> Tensor:
+    """Largest weight (C,) that reads each of a layer's input channels."""
+    weight = _weight(layer).abs().flatten(2).amax(2) if _weight(layer).dim() > 2 else _weight(layer).abs()  # (O, I/g)
+    return weight.view(_groups(layer), -1, weight.shape[1]).amax(1).flatten()
+
+
+def _by_input(layer: nn.Module, factor: Tensor) -> Tensor:
+    """A number for each input channel (C,), in the shape of the layer's weight (O, C/groups, ...)."""
+    weight, groups = _weight(layer), _groups(layer)
+    rows = factor.view(groups, 1, -1).expand(groups, weight.shape[0] // groups, weight.shape[1])
+    return rows.reshape(*weight.shape[:2], *[1] * (weight.dim() - 2))
+
+
+def _groups(layer: nn.Module) -> int:
+    return layer.groups if isinstance(layer, _ConvNd) else 1
 
 
 def _weight(layer: nn.Module) -> Tensor:
@@ -93,12 +136,12 @@ def _weight(layer: nn.Module) -> Tensor:
     return layer.weight
 
 
-def _quantizer(student: Chain, group: NormGroup) -> ActQuantizer:
+def _quantizer(student: Chain, group: ChannelGroup) -> ActQuantizer:
     quantizer = student.find(group.quantizer)
     assert isinstance(quantizer, ActQuantizer)
     return quantizer
 
 
-def _note(ends: list[Tensor], x: Tensor) -> None:
-    rows = x.detach().float().flatten(0, -2)  # (rows, C)
+def _note(ends: list[Tensor], dim: int, x: Tensor) -> None:
+    rows = x.detach().float().movedim(dim, -1).flatten(0, -2)  # (rows, C)
     ends.append(torch.stack([rows.amin(0), rows.amax(0)]))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_ptq.allocation import Allocation, allocate
 from lightning_ptq.config import Budget, QuantConfig
-from lightning_ptq.equalize import equalize_norms
+from lightning_ptq.equalize import equalize
 from lightning_ptq.errors import PTQError
 from lightning_ptq.graph import ChainPair
 from lightning_ptq.graph.arithmetic import layer_multiply_adds
@@ -36,7 +36,7 @@ def pareto_front(
     """
     if any(q.enabled for q in weight_quantizers(chains.student)):
         raise PTQError("sensitivities are measured before calibration, and this network has ranges already.")
-    equalize_norms(chains.student, images, quant.norms, device, _alone)
+    equalize(chains.student, images, quant, device, _alone)
     found = sensitivities(chains.teacher, chains.student, images, quant, device, _alone)
     costs = layer_multiply_adds(chains.student, tuple(images.shape[1:]))
     front = {bits: _best(chains, found, costs, bits, quant.budget, learned) for bits in AVERAGES}

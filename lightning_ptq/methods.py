@@ -41,7 +41,8 @@ class Method:
         weighting: the channels of a unit's output count alike in the reconstruction loss ("equal"), or by how much
             the network's output depends on them ("fisher", see `importance.py`).
         corrections: a gain of the quantized weights and a shift of the bias are learned for each output channel: in
-            units together with activation scales, and in the epoch of the whole network.
+            units together with activation scales, and in the epoch of the whole network. Where nothing is learned,
+            biases are corrected by the shift of each channel's mean instead (`bias.py`).
         prediction: gradient of the prediction difference (PD-Quant) at the unit's output, relative to that of the
             reconstruction; 0 leaves the term out.
         distribution_steps: steps of PD-Quant's correction of the teacher's activations towards batch norm's statistics,
@@ -89,6 +90,11 @@ class Method:
     def learns(self) -> bool:
         """Whether there is anything to optimise in a unit."""
         return self.rounding != "nearest" or self.scales != "none"
+
+    @property
+    def corrects_biases(self) -> bool:
+        """Whether shifts of biases are worked out instead of learned."""
+        return self.corrections and not self.learns
 
     def learns_network(self, round_again: bool) -> bool:
         """Whether there is anything to optimise in the whole network, behind its units.

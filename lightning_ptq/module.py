@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lightning_ptq.allocator import keep_freed_memory
 from lightning_ptq.augment import Augmentation
-from lightning_ptq.cache import Minibatch
+from lightning_ptq.bias import correct_biases
+from lightning_ptq.cache import Minibatch, UnitCache
 from lightning_ptq.calibration import UnitReport
 from lightning_ptq.callbacks import model_callbacks
 from lightning_ptq.checks import check_device, check_network_steps, check_settings, check_trainer
@@ -471,6 +472,9 @@ class PTQModule(Evaluation):
         )
         self.session.enter(unit, images, World(self.device, size, self._all))
         self._select(unit, fresh=first_step == 0)
+        if first_step == 0 and self.method.corrects_biases:
+            assert isinstance(self.session.opened, UnitCache)
+            correct_biases(self.session.opened, lambda x: self._all(x).mean(0))
         if first_step == 0:
             # Moments belong to one unit's steps; the network's epoch starts its own for the same scales.
             self.trainer.optimizers[0].state.clear()

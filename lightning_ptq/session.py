@@ -14,7 +14,7 @@ from lightning_ptq.allocation import allocate, apply
 from lightning_ptq.cache import UnitCache, fits_on_device
 from lightning_ptq.calibration import RANGE_IMAGES, UnitReport, estimate_ranges, finish_unit
 from lightning_ptq.config import QuantConfig
-from lightning_ptq.equalize import equalize_norms
+from lightning_ptq.equalize import equalize
 from lightning_ptq.errors import PTQError
 from lightning_ptq.fingerprint import data_digest
 from lightning_ptq.graph import Chain, LayerPlan
@@ -236,7 +236,7 @@ class Session:
         share = min(-(-RANGE_IMAGES // world.size), len(images) - held_out)
         if not all(q.enabled for q in weight_quantizers(self.student)):
             start = time.monotonic()
-            equalize_norms(self.student, images[:share], data.config.norms, world.device, world.gather)
+            equalize(self.student, images[:share], data.config, world.device, world.gather)
             self._choose_bits(images[:share], data, world)
             estimate_ranges(self.student, images[:share], data.config, world.device, world.gather)
             self.wall_seconds["ranges"] += time.monotonic() - start

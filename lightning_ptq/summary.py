@@ -89,6 +89,7 @@ def summarize(module: PTQModule, trainer: L.Trainer, metrics: dict[str, float]) 
         "budget": module.quant.budget,
         "bits": module.session.bits,
         "norms": module.quant.norms,
+        "pairs": module.quant.pairs,
         "softmax": module.quant.softmax,
         "edges": module.quant.edges,
         "placement": module.quant.placement,

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ptq import PTQError, QuantConfig
-from lightning_ptq.equalize import equalize_norms, factors
+from lightning_ptq.equalize import equalize, factors, largest_by_input
 from lightning_ptq.graph import build_chain
+from lightning_ptq.graph.fold import statistics_of
 
 CPU = torch.device("cpu")
 
@@ -54,14 +55,14 @@ def alone(x: Tensor) -> Tensor:
 
 def test_only_norms_that_linear_layers_alone_read_are_found() -> None:
     norms = build_chain(net(), QuantConfig(), "block").student.norms
-    assert [(group.norm, group.layers) for group in norms] == [("norm1", ("q", "k")), ("norm2", ("fc",))]
+    assert [(group.source, group.layers) for group in norms] == [("norm1", ("q", "k")), ("norm2", ("fc",))]
 
 
 @pytest.mark.parametrize("how", ["ranges", "smooth"])
 def test_the_function_stays_and_both_networks_change_alike(how: Any) -> None:
     pair, x = build_chain(net(), QuantConfig(), "block"), images()
     before = {name: value.clone() for name, value in pair.student.state_dict().items()}
-    equalize_norms(pair.student, x, how, CPU, alone)
+    equalize(pair.student, x, QuantConfig(norms=how), CPU, alone)
     with torch.no_grad():
         for chain in (pair.teacher, pair.student):
             torch.testing.assert_close(chain(x), net()(x), rtol=1e-9, atol=1e-9)
@@ -73,7 +74,7 @@ def test_the_function_stays_and_both_networks_change_alike(how: Any) -> None:
 
 def test_ranges_become_equal() -> None:
     pair, x = build_chain(net(), QuantConfig(), "block"), images()
-    equalize_norms(pair.student, x, "ranges", CPU, alone)
+    equalize(pair.student, x, QuantConfig(), CPU, alone)
     seen: list[Tensor] = []
     pair.student.find(pair.student.norms[0].quantizer).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
@@ -87,7 +88,7 @@ def test_ranges_become_equal() -> None:
 def test_none_leaves_everything_as_it_is() -> None:
     pair = build_chain(net(), QuantConfig(), "block")
     before = {name: value.clone() for name, value in pair.student.state_dict().items()}
-    equalize_norms(pair.student, images(), "none", CPU, alone)
+    equalize(pair.student, images(), QuantConfig(norms="none"), CPU, alone)
     assert all(torch.equal(value, before[name]) for name, value in pair.student.state_dict().items())
     with pytest.raises(PTQError, match="norms='some' is unknown"):
         QuantConfig(norms="some")  # type: ignore[arg-type]
@@ -124,7 +125,7 @@ def test_a_weight_that_is_used_twice_is_folded_for_one_use_only() -> None:
     nn.init.uniform_(model.norm.weight, 0.5, 4)
     pair = build_chain(model, QuantConfig(), "block")
     assert len(pair.student.norms) == 1
-    equalize_norms(pair.student, x, "ranges", CPU, alone)
+    equalize(pair.student, x, QuantConfig(), CPU, alone)
     with torch.no_grad():
         for chain in (pair.teacher, pair.student):
             torch.testing.assert_close(chain(x), model(x), rtol=1e-9, atol=1e-9)
@@ -166,4 +167,93 @@ def test_images_that_do_not_fit_are_refused_by_the_units_name() -> None:
 
     student = build_chain(Flat().eval(), QuantConfig(), "block").student
     with pytest.raises(PTQError, match="unit 'fc' can't take an input of shape"):
-        equalize_norms(student, torch.randn(8, 3, 5, 5), "ranges", CPU, alone)
+        equalize(student, torch.randn(8, 3, 5, 5), QuantConfig(), CPU, alone)
+
+
+# ---- pairs of layers ----
+
+SMOOTH = QuantConfig(pairs="smooth")
+
+
+class Pairs(nn.Module):
+    """Layers behind layers: with and without a ReLU, depthwise, grouped, pooled; and three that are no pairs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.bn = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.dw = nn.Conv2d(8, 8, 3, groups=8, padding=1)
+        self.grouped, self.prelu = nn.Conv2d(8, 6, 3, groups=2), nn.PReLU(6)
+        self.b, self.c, self.d = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1)
+        self.fc1, self.fc2 = nn.Linear(6, 7), nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dw(torch.relu(self.bn(self.a(x))))
+        x = self.prelu(self.grouped(nn.functional.max_pool2d(x, 2)))
+        x = self.b(x)
+        x = nn.functional.relu6(self.c(x + self.d(x)))  # the sum, and behind b two readers of which one is no layer
+        x = torch.sigmoid(x).mean((2, 3))
+        return self.fc2(torch.relu(self.fc1(x)))
+
+
+def pairs() -> Pairs:
+    torch.manual_seed(0)
+    model = Pairs().eval().double()
+    model.bn.running_var.uniform_(0.1, 5.0)
+    for layer in (model.a, model.dw, model.grouped, model.fc1):
+        layer.weight.data *= torch.rand(len(layer.weight), *[1] * (layer.weight.dim() - 1)) * 10
+    return model
+
+
+def test_pairs_are_layers_that_layers_alone_read_behind_homogeneous_operations() -> None:
+    student = build_chain(pairs(), SMOOTH, "net").student
+    assert [(g.source, g.layers) for g in student.pairs] == [
+        ("a", ("dw",)),
+        ("dw", ("grouped",)),
+        ("grouped", ("b",)),
+        ("fc1", ("fc2",)),
+    ]
+    assert build_chain(pairs(), QuantConfig(), "net").student.pairs == ()
+
+
+@pytest.mark.parametrize("granularity", ["net", "layer"])
+@torch.no_grad()
+def test_scaling_pairs_keeps_the_function_and_brings_ranges_together(granularity: Any) -> None:
+    pair, x = build_chain(pairs(), SMOOTH, granularity), images()
+
+    equalize(pair.student, x, SMOOTH, CPU, alone)
+    for chain in (pair.teacher, pair.student):
+        torch.testing.assert_close(chain(x), pairs()(x), rtol=1e-9, atol=1e-9)
+    for group in pair.student.pairs:
+        seen: list[Tensor] = []
+        pair.student.find(group.quantizer).register_forward_pre_hook(lambda _, args, s=seen: s.append(args[0]))
+        pair.student(x)
+        largest = seen[0].abs().transpose(0, 1).flatten(1).amax(1)
+        if group.layers == ("dw",):  # depthwise: one range for all
+            torch.testing.assert_close(largest, largest.mean().expand(8), rtol=1e-6, atol=0)
+        elif group.layers != ("grouped",):  # halfway: as much of the difference in the activation as in the weight
+            ratio = (largest / largest_by_input(pair.student.find(group.layers[0])))[largest > 0]  # dead ReLUs are held
+            torch.testing.assert_close(ratio, ratio.mean().expand(len(ratio)), rtol=1e-6, atol=0)
+
+
+@torch.no_grad()
+def test_statistics_of_folded_batch_norms_follow_in_the_teacher() -> None:
+    pair, x = build_chain(pairs(), SMOOTH, "net"), images()
+    (mean, deviation) = (t.clone() for t in statistics_of(pair.teacher.find("a")))  # type: ignore[union-attr]
+    weight = pair.teacher.find("a").weight.clone()  # type: ignore[union-attr,operator]
+    equalize(pair.student, x, SMOOTH, CPU, alone)
+    factor = (weight / pair.teacher.find("a").weight)[:, 0, 0, 0]  # type: ignore[index,operator]
+    new = statistics_of(pair.teacher.find("a"))
+    assert new is not None
+    torch.testing.assert_close(new[0].double(), mean.double() / factor, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(new[1].double(), deviation.double() / factor, rtol=1e-4, atol=1e-6)
+
+
+def test_largest_weights_are_found_for_each_input_channel() -> None:
+    conv = nn.Conv2d(6, 4, 3, groups=2)
+    expected = []
+    for channel in range(6):
+        rows = slice(0, 2) if channel < 3 else slice(2, 4)
+        expected.append(conv.weight[rows, channel % 3].abs().max())
+    assert torch.equal(largest_by_input(conv), torch.stack(expected))
+    linear = nn.Linear(3, 5)
+    assert torch.equal(largest_by_input(linear), linear.weight.abs().amax(0))

@@ -17,6 +17,7 @@ from lightning_ptq.graph.cuts import computed, find_cuts, find_taps, slices
 from lightning_ptq.graph.fold import fold_batch_norm, normalise, untie
 from lightning_ptq.graph.modularise import modularise
 from lightning_ptq.graph.norms import find_norms, give_biases
+from lightning_ptq.graph.pairs import find_pairs
 from lightning_ptq.graph.placement import FloatOp, Placement, float_ops, place_quantizers
 from lightning_ptq.graph.trace import any_layout_will_do
 from lightning_ptq.graph.units import Chain, build_unit, unit_names
@@ -101,6 +102,7 @@ def build_chain(
     placement = place_quantizers(gm, config, leaf_modules)
     norms = find_norms(placement) if config.norms != "none" else ()
     give_biases(gm, norms)
+    pairs = find_pairs(placement) if config.pairs != "none" else ()
     gm.requires_grad_(False)
     nodes = list(slices(computed(gm.graph), find_cuts(placement, granularity)))
     layers = plan_layers(placement, nodes)
@@ -119,7 +121,7 @@ def build_chain(
     any_layout = any_layout_will_do(gm)
     return ChainPair(
         Chain(teacher, names, any_layout, captured.image_shape, is_part=is_part).eval(),
-        Chain(student, names, any_layout, captured.image_shape, norms, is_part).eval(),
+        Chain(student, names, any_layout, captured.image_shape, norms, pairs, is_part).eval(),
         layers,
         tuple(placement.products.values()),
         float_ops(placement),

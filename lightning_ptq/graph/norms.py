@@ -17,15 +17,15 @@ _MOVES = words("reshape view flatten unsqueeze squeeze contiguous clone")
 
 
 @dataclass(frozen=True)
-class NormGroup:
-    """A layer norm and what reads it, by their qualified names."""
+class ChannelGroup:
+    """A layer norm, or a layer, and the layers that read it through one quantizer, by their qualified names."""
 
-    norm: str
+    source: str
     quantizer: str
     layers: tuple[str, ...]
 
 
-def find_norms(placement: Placement) -> tuple[NormGroup, ...]:
+def find_norms(placement: Placement) -> tuple[ChannelGroup, ...]:
     """Every layer norm with weights that linear layers alone read, through one quantizer."""
     gm, groups = placement.gm, []
     for quantizer in placement.quantizers:
@@ -39,9 +39,9 @@ def find_norms(placement: Placement) -> tuple[NormGroup, ...]:
         width = module.normalized_shape[0]
         calls = sum(node.op == "call_module" and node.target == norm.target for node in gm.graph.nodes)
         if calls == 1 and all(layer.in_features == width for layer in layers):
-            groups.append(NormGroup(str(norm.target), str(quantizer.target), tuple(str(r.target) for r in readers)))
+            groups.append(ChannelGroup(str(norm.target), str(quantizer.target), tuple(str(r.target) for r in readers)))
     order = {str(node.target): i for i, node in enumerate(gm.graph.nodes)}
-    return tuple(sorted(groups, key=lambda group: order[group.norm]))
+    return tuple(sorted(groups, key=lambda group: order[group.source]))
 
 
 def source_norm(gm: fx.GraphModule, quantizer: fx.Node) -> fx.Node | None:
@@ -74,10 +74,10 @@ def is_move(node: fx.Node) -> bool:
     return name in _MOVES
 
 
-def give_biases(gm: fx.GraphModule, groups: Sequence[NormGroup]) -> None:
+def give_biases(gm: fx.GraphModule, groups: Sequence[ChannelGroup]) -> None:
     """A bias of zero where a norm or layer of `groups` has none, for `equalize.py` to write to."""
     for group in groups:
-        for name in (group.norm, *group.layers):
+        for name in (group.source, *group.layers):
             owner = gm.get_submodule(name)
             if owner.bias is None:
                 assert isinstance(owner.weight, Tensor)

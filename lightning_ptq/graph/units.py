@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_ptq.errors import PTQError
-from lightning_ptq.graph.norms import NormGroup
+from lightning_ptq.graph.norms import ChannelGroup
 from lightning_ptq.graph.taps import Tap
 from lightning_ptq.graph.trace import attribute_of, op_name
 
@@ -23,7 +23,7 @@ class Chain(nn.Module):
         names: one unique, readable name for each unit.
         any_layout: whether no unit minds how its input is laid out in memory.
         image_shape: the only (C, H, W) of images that it takes; None if it takes any.
-        norms: layer norms whose channels can be brought to one range.
+        norms, pairs: layer norms, and layers, whose channels can be brought closer together.
         is_part: the output is read by a model around it.
 
     Shape: input of unit `start` -> output of unit `stop - 1`.
@@ -35,12 +35,14 @@ class Chain(nn.Module):
         names: Sequence[str],
         any_layout: bool = False,
         image_shape: tuple[int, ...] | None = None,
-        norms: tuple[NormGroup, ...] = (),
+        norms: tuple[ChannelGroup, ...] = (),
+        pairs: tuple[ChannelGroup, ...] = (),
         is_part: bool = False,
     ) -> None:
         super().__init__()
         self.is_part = is_part
-        self.any_layout, self.image_shape, self.norms = any_layout, image_shape, norms
+        self.any_layout, self.image_shape = any_layout, image_shape
+        self.norms, self.pairs = norms, pairs
         self.units = nn.ModuleList(units)
         self.names = tuple(names)
 

@@ -1,0 +1,46 @@
+"""Bias correction: what quantization adds to the mean of a layer's output is taken off its bias (Nagel et al. 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ptq.cache import UnitCache, chunks
+from lightning_ptq.layers import quantized_layers
+
+
+@torch.no_grad()
+def correct_biases(cache: UnitCache, mean: Callable[[Tensor], Tensor]) -> None:
+    """Shift the bias of every layer of the cache's unit so that its output has the teacher's mean in every channel.
+
+    Layer by layer, each with those before it corrected and with what the quantized network gives the unit: a pass of
+    the unit for each of its layers. Nothing is learned, and nothing costs anything at inference.
+
+    Args:
+        mean: averages a tensor over processes.
+    """
+    teacher, student = cache.teacher.units[cache.unit], cache.student.units[cache.unit]
+    for name, layer in quantized_layers(student):
+        dim, drawn = layer.channel_dim, slice(cache.drawn)
+        wanted = channel_means(teacher, name, dim, cache.teacher_in[drawn], cache.device)
+        found = channel_means(student, name, dim, cache.student_in[drawn], cache.device)
+        layer.weight_quantizer.bias_shift.add_(mean(wanted - found))
+
+
+def channel_means(unit: nn.Module, layer: str, dim: int, x: Tensor, device: torch.device) -> Tensor:
+    """Mean of each channel (C,), found at `dim`, of what the layer called `layer` gives for the unit's input `x`."""
+    sums: list[Tensor] = []
+
+    def note(_: nn.Module, __: object, out: Tensor) -> None:
+        rows = out.float().movedim(dim, -1).flatten(0, -2)
+        sums.append(rows.double().mean(0) * len(out))
+
+    hook = unit.get_submodule(layer).register_forward_hook(note)
+    try:
+        for part in chunks(x):
+            unit(part.to(device))
+    finally:
+        hook.remove()
+    return (torch.stack(sums).sum(0) / len(x)).float()
