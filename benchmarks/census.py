@@ -58,15 +58,15 @@ def names() -> list[str]:
     return [*torchvision.models.list_models(module=torchvision.models), *(f"timm:{name}" for name in sorted(TIMM))]
 
 
-def random_model(name: str) -> nn.Module:
-    """The untrained model, in eval mode, without a layer that is all zeros."""
+def random_model(name: str, **options: Any) -> nn.Module:
+    """The untrained model, made with these `options`, in eval mode, without a layer that is all zeros."""
     torch.manual_seed(0)
     if name.startswith("timm:"):
         import timm
 
         model = timm.create_model(name.removeprefix("timm:"), pretrained=False)
     else:
-        options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        options |= {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
         model = torchvision.models.get_model(name, weights=None, **options)
     for parameter in model.parameters():
         if parameter.dim() > 1 and not parameter.any():
