@@ -221,6 +221,7 @@ def document(runs: Runs, timed: Runs, folder: Path) -> str:
             "Best preset: a last epoch of 1500 steps on changed images",
             grid_table(runs, "best", ["bits", "contrastive"]),
         ),
+        ("Nothing learned", grid_table(runs, "unlearned", ["model", "bits", "options"])),
         ("Mixed precision with the bit operations of W3A3", grid_table(runs, "mixed", ["bits", "options"])),
         ("Steps per unit", grid_table(runs, "steps", ["bits", "steps", "network_steps", "contrastive"])),
         ("The contrastive term", gain_table(runs)),

@@ -19,7 +19,7 @@ _SHARDING: tuple[tuple[str, type[Strategy]], ...] = (
 # Counts, and the least of each.
 _LEAST = {"steps_per_unit": 1, "network_steps": 0, "batch_size": 1}
 # What may be left to a rule.
-_OPTIONAL = ("network_steps", "rounding_lr", "scale_lr")
+_OPTIONAL = ("network_steps", "rounding_lr", "scale_lr", "rounding_weight")
 _PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 

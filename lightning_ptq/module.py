@@ -77,7 +77,7 @@ class PTQModule(Evaluation):
         network_rounding_lr: learning rate of the weights' rounding in the last epoch, 0 leaves it as the units did.
         network_features: weight of the last epoch's reconstruction of the head's input next to the divergence.
         augment: how images are changed at random in the last epoch; the teacher then runs along.
-        rounding_weight: weight of AdaRound's regulariser.
+        rounding_weight: weight of AdaRound's regulariser; None finds one for each unit.
         granularity, input, rounding, scales, drop, drop_until, weighting, corrections, prediction,
             distribution_steps: coordinates of the method that differ from the preset.
         leaf_modules: name patterns of modules that are not traced and stay in floating point.
@@ -110,7 +110,7 @@ class PTQModule(Evaluation):
         network_rounding_lr: float = 2e-2,
         network_features: float = 30.0,
         augment: Augmentation = Augmentation(),  # noqa: B008 (frozen)
-        rounding_weight: float = 0.01,
+        rounding_weight: float | None = None,
         granularity: Granularity | None = None,
         input: UnitInput | None = None,
         rounding: Rounding | None = None,

@@ -11,7 +11,11 @@ from lightning_ptq.methods import Method
 
 
 def unit_objective(
-    method: Method, rounding_weight: float, critic: ContrastiveConfig | None, further: dict[str, Term], units: int
+    method: Method,
+    rounding_weight: float | None,
+    critic: ContrastiveConfig | None,
+    further: dict[str, Term],
+    units: int,
 ) -> Objective:
     """What each of `units` units minimises: the terms of the method, of the critic if there is one, and `further`."""
     terms: dict[str, Term] = {"reconstruction": Reconstruction()}

@@ -5,7 +5,7 @@ import torch
 
 from lightning_ptq.losses import Objective, Reconstruction, Term, UnitBatch, reconstruction_loss
 from lightning_ptq.losses.base import BALANCE_STEPS, _gradient_norm
-from lightning_ptq.losses.rounding import RoundingRegularizer, annealed_beta
+from lightning_ptq.losses.rounding import SHARE, RoundingRegularizer, annealed_beta
 from tests.losses.helpers import unit_batch
 
 torch.manual_seed(0)
@@ -32,6 +32,25 @@ def test_the_regulariser_adds_what_is_undecided_of_every_layer() -> None:
     assert float(RoundingRegularizer(0.03)(batch)) == pytest.approx(0.03 * slow)
     batch.progress = 0.1
     assert float(RoundingRegularizer(0.03)(batch)) == 0.0
+
+
+def test_the_regulariser_finds_its_weight_from_the_units_signal_and_size() -> None:
+    h = [torch.tensor([0.0, 1.0, 0.5]), torch.tensor([[0.25]])]
+    teacher, importance = torch.randn(6, 3, 5), torch.tensor([0.5, 2.0, 0.25])
+    signal = 0.0
+    for c in range(3):
+        values = [float(teacher[b, c, i]) for b in range(6) for i in range(5)]
+        mean = sum(values) / 30
+        signal += float(importance[c]) * sum((v - mean) ** 2 for v in values) / 30
+    undecided = sum(1 - abs(2 * float(v) - 1) ** 11.0 for part in h for v in part.flatten())
+    batch = unit_batch(torch.zeros(6, 3, 5), teacher, roundings=h, progress=0.6, importance=importance)
+    term = RoundingRegularizer()
+    assert float(term(batch)) == pytest.approx(SHARE * signal / 4 * undecided, rel=1e-5)
+    # Found once for a unit: what it was found from may change, unless it is another unit's.
+    batch.importance = None
+    assert float(term(batch)) == pytest.approx(SHARE * signal / 4 * undecided, rel=1e-5)
+    larger = unit_batch(torch.zeros(6, 3, 5), 3 * teacher, roundings=h, progress=0.6, importance=importance)
+    assert float(term(larger)) == pytest.approx(9 * SHARE * signal / 4 * undecided, rel=1e-5)
 
 
 def test_a_gradient_norm_survives_half_precision() -> None:
