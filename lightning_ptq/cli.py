@@ -1,4 +1,4 @@
-"""The command line: `lightning-ptq fit|validate|test|predict|plan|sensitivity`."""
+"""The command line: `lightning-ptq fit|validate|test|predict|plan|sensitivity|export`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from lightning_ptq.checks import check_run_folder
 from lightning_ptq.datamodule import CalibrationDataModule
 from lightning_ptq.eight_bits import PLAN_IMAGES, eight_bits
 from lightning_ptq.errors import PTQError
+from lightning_ptq.export import export_onnx
 from lightning_ptq.front import front_data, front_text, pareto_front, plot_front
 from lightning_ptq.module import PTQModule
 from lightning_ptq.plan import plan_text
@@ -107,7 +108,9 @@ def _is_torchvision(model: nn.Module | str) -> bool:
 
 
 class Trainer(L.Trainer):
-    """Lightning's Trainer and two more subcommands."""
+    """Lightning's Trainer and three more subcommands."""
+
+    weights_left_out: str | None = None  # by `plan`, for want of a file
 
     def plan(self, model: L.LightningModule, datamodule: CalibrationDataModule | None = None) -> None:
         """Print each unit: layers, bits, shapes, parameters, cache size, and what stays float.
@@ -120,7 +123,10 @@ class Trainer(L.Trainer):
         shape, samples = model.input_shape(datamodule.image_shape), datamodule.calibration_samples
         part = None if model.surroundings is None else model.surroundings.part
         print(plan_text(model.chains, model.quant, shape, samples, network=model.network_steps > 0, part=part))
-        print(f"\n{_eight_bits_text(model, datamodule, self.strategy.root_device)}")
+        if self.weights_left_out is None:
+            print(f"\n{_eight_bits_text(model, datamodule, self.strategy.root_device)}")
+        else:
+            print(f"\nnot tried with 8 bits: weights={self.weights_left_out!r} is no file, and plan downloads none")
 
     def sensitivity(self, model: L.LightningModule, datamodule: CalibrationDataModule | None = None) -> None:
         """Print what each tensor costs at 2, 3, 4 and 8 bits, and the best mixtures.
@@ -145,6 +151,44 @@ class Trainer(L.Trainer):
             plot_front(front, model.quant.budget, written[-1])
         print(f"\nwritten: {', '.join(map(str, written))}")
 
+    def export(
+        self,
+        model: L.LightningModule,
+        datamodule: CalibrationDataModule | None = None,
+        ckpt_path: str | None = None,
+        output: str = "model.onnx",
+        overwrite: bool = False,
+    ) -> None:
+        """Write the quantized network as an ONNX model and compare the two on the calibration images.
+
+        Args:
+            ckpt_path: a finished fit's checkpoint.
+            output: the file to write.
+            overwrite: replace a file that is there.
+
+        Exits with code 1 if the exported model does not do what the simulation does.
+        """
+        assert isinstance(model, PTQModule)
+        if ckpt_path is None or datamodule is None:
+            raise PTQError("export needs a finished fit: give its config with --config and --ckpt_path.")
+        restore(model, ckpt_path)
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        report = export_onnx(model, output, datamodule.calibration_images(), overwrite=overwrite)
+        print(report.text())
+        if not report.passed:
+            sys.exit(1)
+
+
+def restore(model: PTQModule, path: str) -> None:
+    """Give a module the state of a fit's checkpoint."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise PTQError(f"ckpt_path={path!r} can't be read: {error}. Give a fit's checkpoints/last.ckpt.") from None
+    model.on_load_checkpoint(checkpoint)
+    model.load_state_dict(checkpoint["state_dict"])
+
 
 class SaveRunConfig(SaveConfigCallback):
     """Writes config.yaml, but never into a folder that holds another run."""
@@ -155,6 +199,9 @@ class SaveRunConfig(SaveConfigCallback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check the folder first: this callback runs before every other."""
         check_run_folder(trainer)
+        # What only some subcommands take: with it, `plan` and others would refuse the run's config.
+        for key in ("ckpt_path", "weights_only"):
+            self.config.pop(key, None)
         super().setup(trainer, pl_module, "fit")
 
 
@@ -174,26 +221,36 @@ def _eight_bits_text(model: PTQModule, datamodule: CalibrationDataModule, device
 
 
 class PTQCLI(LightningCLI):
-    """LightningCLI with the subcommands `plan` and `sensitivity`."""
+    """LightningCLI with the subcommands `plan`, `sensitivity` and `export`."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Subcommands and the arguments that the command line provides itself."""
-        return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}, "sensitivity": {"model", "datamodule"}}
+        return LightningCLI.subcommands() | {
+            name: {"model", "datamodule"} for name in ("plan", "sensitivity", "export")
+        }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The model is told what images it will see: `torch.export` needs to know."""
         parser.link_arguments("data", "model.image_shape", _image_shape, apply_on="instantiate")
 
     def before_instantiate_classes(self) -> None:
-        """`plan` looks at shapes only: it must not download or read weights. The others' checkpoint has to be there."""
+        """`plan` downloads no weights and does without those that are no file. The others' checkpoint has to exist."""
         path = self.config[self.subcommand].get("ckpt_path")
         if path and "://" not in path and path.split(":")[0] not in _FOUND_BY_LIGHTNING and not Path(path).is_file():
             raise PTQError(
                 f"ckpt_path={path!r} is no file, seen from {str(Path.cwd())!r}. A run leaves RUN/checkpoints/last.ckpt."
             )
+        self._weights_left_out = None
         if self.subcommand == "plan":
-            self.config.plan.model.weights = None
+            weights = self.config.plan.model.weights
+            if weights is not None and not Path(weights).is_file():
+                self._weights_left_out, self.config.plan.model.weights = weights, None
+
+    def before_plan(self) -> None:
+        """Without its weights the network is another one: `plan` then says so instead of trying it."""
+        assert isinstance(self.trainer, Trainer)
+        self.trainer.weights_left_out = self._weights_left_out
 
 
 def _image_shape(data: CalibrationDataModule | None) -> tuple[int, ...] | None:

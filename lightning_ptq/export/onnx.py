@@ -1,0 +1,149 @@
+"""A calibrated student as an ONNX model: QuantizeLinear and DequantizeLinear around float operations."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from lightning_ptq.convert import OPS, convert
+from lightning_ptq.errors import PTQError
+from lightning_ptq.graph.units import Chain
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+# The first with 4-bit and 16-bit integers in QuantizeLinear and DequantizeLinear.
+OPSET = 21
+_MOST_BITS = {torch.int8: 8, torch.uint8: 8, torch.int16: 16, torch.uint16: 16}
+
+
+def onnx_model(
+    student: Chain, image_shape: Sequence[int], metadata: Mapping[str, Any], every_unit: bool = False
+) -> ModelProto:
+    """The ONNX model of a calibrated student: "images" (N, C, H, W), N as you like, in; "output" out.
+
+    Weights of 4 bits and less are int4 or uint4, others int8 or uint8. QuantizeLinear knows the range of its type only;
+    where the grid is smaller than that, a Clip comes before it.
+
+    Args:
+        metadata: plain values, stored as JSON under "lightning_ptq".
+        every_unit: one output for each unit, named after it.
+
+    Raises:
+        PTQError: what `convert` raises; onnx or onnxscript is not installed; an operation that ONNX can't express.
+    """
+    require("onnx", "onnxscript")
+    model = convert(student, every_unit)
+    clip_small_grids(model)
+    names = list(student.names) if every_unit else ["output"]
+    exported = _exported(model, torch.zeros(2, *image_shape), names)
+    narrow_weights(exported, {name: bits for name, bits in weight_bits(student).items() if bits <= 4})
+    clips_as_bounds(exported)
+    entry = exported.metadata_props.add()
+    entry.key, entry.value = "lightning_ptq", json.dumps(dict(metadata))
+    return exported
+
+
+def require(*packages: str) -> None:
+    """Raise `PTQError` saying what to install if one of `packages` is missing."""
+    from importlib.util import find_spec
+
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise PTQError(f"export needs {', '.join(missing)}: pip install 'lightning-ptq[export]'.")
+
+
+def clip_small_grids(model: fx.GraphModule) -> None:
+    """Clamp what a quantize operation reads to its grid, where the integer type holds more than that."""
+    for node in list(model.graph.nodes):
+        if node.target is not OPS.quantize_per_tensor.default:
+            continue
+        x, scale, zero_point, qmin, qmax, dtype = node.args
+        if qmax - qmin + 1 < 2 ** _MOST_BITS[dtype]:
+            with model.graph.inserting_before(node):
+                bounds = ((qmin - zero_point) * scale, (qmax - zero_point) * scale)
+                clamped = model.graph.call_function(torch.clamp, (x, *bounds))
+            node.args = (clamped, *node.args[1:])
+    model.recompile()
+
+
+def _exported(model: fx.GraphModule, images: torch.Tensor, names: Sequence[str]) -> ModelProto:
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # the exporter logs what it tries
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about versions to come, of what torch itself calls
+            program = torch.onnx.export(
+                model,
+                (images,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["images"],
+                output_names=list(names),
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                verbose=False,
+            )
+    except Exception as error:
+        raise PTQError(
+            f"torch.onnx can't express the model: {' '.join(str(error).split())[:400]}. Take what it names out of the "
+            "model, or write it with operations that ONNX has."
+        ) from error
+    finally:
+        logging.disable(level)
+    assert program is not None
+    proto: ModelProto = program.model_proto
+    return proto
+
+
+def weight_bits(student: Chain) -> dict[str, int]:
+    """Bits of every quantized layer's weight, by the layer's name."""
+    from lightning_ptq.layers import quantized_layers
+
+    return {name: layer.weight_quantizer.bits for unit in student.units for name, layer in quantized_layers(unit)}
+
+
+def narrow_weights(model: ModelProto, layers: Mapping[str, int]) -> None:
+    """Store the weights of `layers`, and their zero points, in 4-bit integers, in place."""
+    import numpy as np
+    from onnx import TensorProto, numpy_helper
+    from onnx.helper import make_tensor
+
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    read_by = {name: node for node in model.graph.node for name in node.input}
+    for layer in layers:
+        weight = tensors.get(f"{layer}.weight")
+        node = None if weight is None else read_by.get(weight.name)
+        if weight is None or node is None or node.op_type != "DequantizeLinear":
+            continue
+        kind = TensorProto.UINT4 if weight.data_type == TensorProto.UINT8 else TensorProto.INT4
+        for name in (weight.name, node.input[2]):
+            values = numpy_helper.to_array(tensors[name])
+            tensors[name].CopyFrom(make_tensor(name, kind, values.shape, np.asarray(values).flatten().tolist()))
+
+
+def clips_as_bounds(model: ModelProto) -> None:
+    """Write every Clip before a QuantizeLinear as Max and Min, in place.
+
+    ONNX Runtime rounds the float bias of a layer to int32 multiples of input scale x weight scale where it finds but
+    Relu and Clip between the layer and a QuantizeLinear. With few bits these multiples are coarse: it would be another
+    network than the one that was simulated.
+    """
+    from onnx.helper import make_node
+
+    quantized = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type == "Clip" and node.output[0] in quantized:
+            x, low, high = node.input
+            nodes.append(make_node("Max", [x, low], [f"{node.output[0]}_low"], name=f"{node.name}_low"))
+            nodes.append(make_node("Min", [f"{node.output[0]}_low", high], node.output, name=f"{node.name}_high"))
+        else:
+            nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)

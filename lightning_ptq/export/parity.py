@@ -1,0 +1,102 @@
+"""Does the exported model do what the simulation did? Both run on the same images; if they differ, by which unit?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ptq.cache import chunks
+from lightning_ptq.graph.units import Chain
+from lightning_ptq.metrics import classes, decibels, has_scores, signal_and_noise
+
+# What an export has to reach: percent of images with the same class, where there are classes; signal to difference.
+LEAST_AGREEMENT, LEAST_SQNR_DB = 99.9, 40.0
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """How an exported model compares with the simulated student.
+
+    Attributes:
+        path: the exported file. size: its bytes. images: how many were compared.
+        agreement: percent of images (or pixels) with the same class; None without classes.
+        sqnr_db: signal to difference of the output.
+        largest_difference: of any number of the output.
+        unit: where the first unit that differs by more than it may was looked for, its name; None elsewhere.
+    """
+
+    path: str
+    size: int
+    images: int
+    agreement: float | None
+    sqnr_db: float
+    largest_difference: float
+    passed: bool
+    unit: str | None = None
+
+    def text(self) -> str:
+        """One line, and what is wrong if it did not pass."""
+        told = "" if self.agreement is None else f"{self.agreement:.2f} % of classes agree, "
+        line = f"{self.path}: {self.size:,} bytes; {self.images} images: {told}SQNR {self.sqnr_db:.1f} dB"
+        if self.passed:
+            return f"{line}, as simulated"
+        return f"{line}: NOT as simulated. The first unit that differs is {self.unit!r}."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def compare_outputs(
+    student: Chain, run: Callable[[Tensor], Tensor], images: Tensor
+) -> tuple[float | None, float, float]:
+    """(agreement in percent or None, SQNR in dB, largest difference) of `run` and the student on `images`."""
+    device = next(student.parameters()).device
+    same = count = 0
+    sums, largest, scores = torch.zeros(2, dtype=torch.float64), 0.0, False
+    for x in chunks(images):
+        expected, actual = student(x.to(device)).float().cpu(), run(x)
+        sums += len(x) * signal_and_noise(actual, expected).double()
+        largest = max(largest, float((actual - expected).abs().max()))
+        scores = has_scores(expected) and not student.is_part
+        if scores:
+            agree = classes(actual) == classes(expected)
+            same, count = same + int(agree.sum()), count + agree.numel()
+    return (100.0 * same / count if scores else None), decibels(*sums.tolist()), largest
+
+
+def passes(agreement: float | None, sqnr_db: float) -> bool:
+    """Whether an export may be called the same model."""
+    # 0.05: one image of a thousand may differ.
+    return sqnr_db >= LEAST_SQNR_DB and (agreement is None or agreement >= LEAST_AGREEMENT - 0.05)
+
+
+@torch.no_grad()
+def first_difference(student: Chain, outputs: Sequence[Tensor], images: Tensor) -> str:
+    """The first unit whose output differs from the student's by more than it may.
+
+    Args:
+        outputs: what the exported units give for `images`, one after another.
+    """
+    x, device = images, next(student.parameters()).device
+    worst, least = student.names[-1], float("inf")
+    for name, unit, actual in zip(student.names, student.units, outputs, strict=True):
+        x = unit(x.to(device))
+        sqnr = decibels(*signal_and_noise(actual, x.float().cpu()).tolist())
+        if sqnr < LEAST_SQNR_DB:
+            return name
+        if sqnr < least:
+            worst, least = name, sqnr
+    return worst
+
+
+def size_of(path: Path) -> int:
+    """Bytes of an exported file, and of the data beside it if there is any."""
+    beside = path.with_name(f"{path.name}.data")
+    return path.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
