@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import fx
 from lightning_ptq.convert import OPS, convert
 from lightning_ptq.errors import PTQError
 from lightning_ptq.graph.units import Chain
+from lightning_ptq.layers import quantized_layers
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -43,7 +44,7 @@ def onnx_model(
     clip_small_grids(model)
     names = list(student.names) if every_unit else ["output"]
     exported = _exported(model, torch.zeros(2, *image_shape), names)
-    narrow_weights(exported, {name: bits for name, bits in weight_bits(student).items() if bits <= 4})
+    narrow_weights(exported, [name for name, bits in weight_bits(student).items() if bits <= 4])
     clips_as_bounds(exported)
     entry = exported.metadata_props.add()
     entry.key, entry.value = "lightning_ptq", json.dumps(dict(metadata))
@@ -90,8 +91,11 @@ def _exported(model: fx.GraphModule, images: torch.Tensor, names: Sequence[str])
                 verbose=False,
             )
     except Exception as error:
+        reason: BaseException = error
+        while reason.__cause__ is not None:  # the innermost names the operation
+            reason = reason.__cause__
         raise PTQError(
-            f"torch.onnx can't express the model: {' '.join(str(error).split())[:400]}. Take what it names out of the "
+            f"torch.onnx can't express the model: {' '.join(str(reason).split())[:400]}. Take what it names out of the "
             "model, or write it with operations that ONNX has."
         ) from error
     finally:
@@ -103,14 +107,11 @@ def _exported(model: fx.GraphModule, images: torch.Tensor, names: Sequence[str])
 
 def weight_bits(student: Chain) -> dict[str, int]:
     """Bits of every quantized layer's weight, by the layer's name."""
-    from lightning_ptq.layers import quantized_layers
-
     return {name: layer.weight_quantizer.bits for unit in student.units for name, layer in quantized_layers(unit)}
 
 
-def narrow_weights(model: ModelProto, layers: Mapping[str, int]) -> None:
+def narrow_weights(model: ModelProto, layers: Iterable[str]) -> None:
     """Store the weights of `layers`, and their zero points, in 4-bit integers, in place."""
-    import numpy as np
     from onnx import TensorProto, numpy_helper
     from onnx.helper import make_tensor
 
@@ -122,9 +123,15 @@ def narrow_weights(model: ModelProto, layers: Mapping[str, int]) -> None:
         if weight is None or node is None or node.op_type != "DequantizeLinear":
             continue
         kind = TensorProto.UINT4 if weight.data_type == TensorProto.UINT8 else TensorProto.INT4
-        for name in (weight.name, node.input[2]):
-            values = numpy_helper.to_array(tensors[name])
-            tensors[name].CopyFrom(make_tensor(name, kind, values.shape, np.asarray(values).flatten().tolist()))
+        zeros = numpy_helper.to_array(tensors[node.input[2]])
+        for name, values in ((weight.name, numpy_helper.to_array(weight)), (f"{layer}.zero_point_4bit", zeros)):
+            stored = tensors[name] if name in tensors else model.graph.initializer.add()
+            stored.CopyFrom(make_tensor(name, kind, values.shape, values.flatten().tolist()))
+        # A zero point of its own: layers of other types may share the old one.
+        node.input[2] = f"{layer}.zero_point_4bit"
+    read = {name for node in model.graph.node for name in node.input}
+    for unread in [tensor for tensor in model.graph.initializer if tensor.name not in read]:
+        model.graph.initializer.remove(unread)
 
 
 def clips_as_bounds(model: ModelProto) -> None:

@@ -1,0 +1,167 @@
+"""Exported models run in ONNX Runtime and do what the simulation does; what does not is found out and named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_ptq as ptq
+from lightning_ptq import PTQError, QuantConfig
+from lightning_ptq.cli import main
+from lightning_ptq.export import run_onnx
+from tests.helpers import tiny_data, tiny_images, tiny_module, trainer
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
+
+
+def fitted(folder: Path, quant: QuantConfig, **changes: Any) -> ptq.PTQModule:
+    module = tiny_module(quant, **({"steps_per_unit": 3} | changes))
+    trainer(folder, logger=False).fit(module, datamodule=tiny_data())
+    return module
+
+
+def element_types(model: Any) -> dict[str, str]:
+    """Type of every stored tensor."""
+    return {t.name: onnx.TensorProto.DataType.Name(t.data_type) for t in model.graph.initializer}
+
+
+@pytest.mark.parametrize(
+    ("weight_bits", "act_bits", "symmetric", "kind"),
+    [
+        (2, 2, False, "UINT4"),
+        (4, 4, True, "INT4"),
+        (3, 6, False, "UINT4"),
+        (5, 8, False, "UINT8"),
+        (8, 8, True, "INT8"),
+    ],
+)
+def test_the_file_does_what_the_simulation_does(
+    tmp_path: Path, weight_bits: int, act_bits: int, symmetric: bool, kind: str
+) -> None:
+    quant = QuantConfig(weight_bits, act_bits, weight_symmetric=symmetric)
+    module = fitted(tmp_path, quant)
+    path = tmp_path / "out" / "model.onnx"
+    report = ptq.export_onnx(module, path)
+    assert report.passed, report.text()
+    assert report.agreement == 100.0
+    assert report.sqnr_db > 40
+    assert report.images == 40
+    assert report.size == path.stat().st_size
+    assert "as simulated" in report.text()
+    assert [p.name for p in path.parent.iterdir()] == ["model.onnx"]
+
+    model = onnx.load(str(path))
+    onnx.checker.check_model(model)
+    types = element_types(model)
+    assert types["blocks.0.conv1.weight"] == kind
+    assert types["stem.weight"] in ("INT8", "UINT8")  # an edge
+    counts = [node.op_type for node in model.graph.node]
+    assert counts.count("QuantizeLinear") == len({layer.reads for layer in module.chains.layers})
+    assert counts.count("DequantizeLinear") == counts.count("QuantizeLinear") + len(module.chains.layers)
+    told = {entry.key: entry.value for entry in model.metadata_props}
+    described = json.loads(told["lightning_ptq"])
+    assert described["weight_bits"] == weight_bits
+    assert described["model"] == "TinyNet"
+    assert len(described["teacher_sha256"]) == 64
+
+
+def test_any_number_of_images_goes_in(tmp_path: Path) -> None:
+    module = fitted(tmp_path, QuantConfig(4, 4))
+    path = tmp_path / "model.onnx"
+    ptq.export_onnx(module, path, tiny_images(4))
+    for count in (1, 7):
+        x = tiny_images(count, seed=9)
+        with torch.no_grad():
+            expected = module.eval()(x)
+        torch.testing.assert_close(run_onnx(path, x)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_that_differs_is_found_out_and_the_unit_named(tmp_path: Path, monkeypatch: Any) -> None:
+    module = fitted(tmp_path, QuantConfig(8, 8))
+    from lightning_ptq.export import onnx as exporter
+
+    def broken(student: Any, every_unit: bool = False) -> Any:
+        model = convert(student, every_unit)
+        model.get_buffer("blocks.1.conv1.scale").mul_(3)
+        return model
+
+    convert = exporter.convert
+    monkeypatch.setattr(exporter, "convert", broken)
+    report = ptq.export_onnx(module, tmp_path / "model.onnx")
+    assert not report.passed
+    assert report.unit == "blocks.1"
+    assert "NOT as simulated. The first unit that differs is 'blocks.1'." in report.text()
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    fresh = tiny_module()
+    with pytest.raises(PTQError, match="have no ranges yet"):
+        ptq.export_onnx(fresh, path, tiny_images(4))
+    partly = tiny_module(steps_per_unit=3)
+    trainer(tmp_path / "partly", logger=False, max_epochs=2).fit(partly, datamodule=tiny_data())
+    with pytest.raises(PTQError, match=r"calibration is not finished: 'blocks.1', 'fc', 'whole-network' are left"):
+        ptq.export_onnx(partly, path, tiny_images(4))
+    done = fitted(tmp_path / "done", QuantConfig(4, 4))
+    done._trainer = None
+    with pytest.raises(PTQError, match="parity needs images"):
+        ptq.export_onnx(done, path)
+    assert not path.exists()
+    path.write_text("precious")
+    with pytest.raises(PTQError, match=r"model.onnx' exists and is kept"):
+        ptq.export_onnx(done, path, tiny_images(4))
+    assert path.read_text() == "precious"
+    assert ptq.export_onnx(done, path, tiny_images(4), overwrite=True).passed
+
+
+def test_missing_packages_are_named(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else object())
+    with pytest.raises(PTQError, match=r"export needs onnxscript: pip install 'lightning-ptq\[export\]'"):
+        ptq.export_onnx(tiny_module(), tmp_path / "model.onnx")
+
+
+def test_an_operation_that_onnx_has_not_is_named(tmp_path: Path) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(torch.special.bessel_j0(self.conv(x)).mean((2, 3)))
+
+    module = ptq.PTQModule(Odd().eval(), QuantConfig(8, 8), "nearest", batch_size=8, seed=0)
+    trainer(tmp_path, logger=False).fit(module, datamodule=tiny_data())
+    with pytest.raises(PTQError, match="bessel_j0"):
+        ptq.export_onnx(module, tmp_path / "model.onnx")
+
+
+def test_export_from_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.chdir(Path(QUICKSTART).parents[1])
+    run = f"--trainer.default_root_dir={tmp_path}"
+    main(["fit", "--config", QUICKSTART, run, "--model.steps_per_unit=3", "--trainer.logger=false"])
+    config, checkpoint = (next(tmp_path.rglob(name)) for name in ("config.yaml", "last.ckpt"))
+    output = tmp_path / "digits.onnx"
+    args = ["export", "--config", str(config), f"--ckpt_path={checkpoint}", f"--output={output}"]
+    capsys.readouterr()
+    main(args)
+    assert "512 images: 100.00 % of classes agree" in capsys.readouterr().out
+    assert output.exists()
+    with pytest.raises(PTQError, match="exists and is kept"):
+        main(args)
+    monkeypatch.setattr("lightning_ptq.export.passes", lambda agreement, sqnr: False)
+    with pytest.raises(SystemExit) as stopped:
+        main([*args, "--overwrite=true"])
+    assert stopped.value.code == 1
+    assert "NOT as simulated" in capsys.readouterr().out
+    with pytest.raises(PTQError, match="export needs a finished fit"):
+        main(["export", "--config", str(config)])
