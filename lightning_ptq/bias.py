@@ -32,10 +32,13 @@ def correct_biases(cache: UnitCache, mean: Callable[[Tensor], Tensor]) -> None:
 def channel_means(unit: nn.Module, layer: str, dim: int, x: Tensor, device: torch.device) -> Tensor:
     """Mean of each channel (C,), found at `dim`, of what the layer called `layer` gives for the unit's input `x`."""
     sums: list[Tensor] = []
+    count = 0
 
     def note(_: nn.Module, __: object, out: Tensor) -> None:
-        rows = out.float().movedim(dim, -1).flatten(0, -2)
-        sums.append(rows.double().mean(0) * len(out))
+        nonlocal count
+        rows = out.float().movedim(dim, -1).flatten(0, -2)  # rows of windows as well as of images
+        sums.append(rows.double().sum(0))
+        count += len(rows)
 
     hook = unit.get_submodule(layer).register_forward_hook(note)
     try:
@@ -43,4 +46,4 @@ def channel_means(unit: nn.Module, layer: str, dim: int, x: Tensor, device: torc
             unit(part.to(device))
     finally:
         hook.remove()
-    return (torch.stack(sums).sum(0) / len(x)).float()
+    return (torch.stack(sums).sum(0) / count).float()

@@ -15,29 +15,32 @@ from torch import Tensor
 from lightning_ptq.distribution import correct_distribution
 from lightning_ptq.errors import PTQError
 from lightning_ptq.graph.units import Chain
+from lightning_ptq.losses.critic import pooled
 from lightning_ptq.seeds import mixed_seed
 
-# Images per forward pass where no gradient is needed.
-CHUNK = 64
+# Images per forward pass where no gradient is needed, and numbers of them: large ones pass a few at a time.
+CHUNK, _CHUNK_SIZE = 64, 2**24
 # Images that judge where none are held out.
 JUDGE_IMAGES = 256
 
 
 def run_chunked(function: Callable[[Tensor], Tensor], x: Tensor, device: torch.device) -> Tensor:
-    """`function` over all images of `x` (N, ...), CHUNK at a time on `device`; the result lies where `x` lies.
+    """`function` over all images of `x` (N, ...), some at a time on `device`; the result lies where `x` lies.
 
     Its memory is laid out as that of the parts. Runs under `no_grad`, not `inference_mode`: calibration takes gradients
     through operations on the result.
     """
     result: Tensor | None = None
     with torch.no_grad():
-        for start in range(0, len(x), CHUNK):
-            part = function(x[start : start + CHUNK].to(device, non_blocking=True))
+        start = 0
+        for some in chunks(x):
+            part = function(some.to(device, non_blocking=True))
             if result is None:
                 layout = torch.channels_last if is_channels_last(part) else torch.contiguous_format
                 shape = (len(x), *part.shape[1:])
                 result = torch.empty(shape, dtype=part.dtype, device=x.device, memory_format=layout)
-            result[start : start + CHUNK] = part
+            result[start : start + len(part)] = part
+            start += len(part)
     assert result is not None
     return result
 
@@ -93,7 +96,9 @@ class UnitCache:
         self.teacher_in = images.to(device) if on_device else images
         self.student_in = self.teacher_in
         # The tail of the teacher's own activations is the teacher's output, whatever the unit: computed once.
-        self.features = self._run(lambda x: teacher(x), self.teacher_in, "the whole network")
+        # A part's are features of many positions and nothing is predicted from them: their means tell images apart.
+        final = (lambda x: pooled(teacher(x))) if teacher.is_part else teacher
+        self.features = self._run(final, self.teacher_in, "the whole network")
         self.teacher_out = self._run(teacher.units[0], self.teacher_in, teacher.names[0])
         self._corrected: tuple[Tensor, Tensor] | None = None
 
@@ -180,6 +185,7 @@ def sample_index(total: int, size: int, step: int, *seed: int) -> Tensor:
 
 
 def chunks(x: Tensor, size: int = CHUNK) -> Iterator[Tensor]:
-    """Slices of at most `size` rows."""
+    """Slices of at most `size` rows, of fewer where a row is large."""
+    size = max(1, min(size, _CHUNK_SIZE // max(x[0].numel(), 1))) if len(x) else size
     for start in range(0, len(x), size):
         yield x[start : start + size]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -125,9 +126,17 @@ class PredictionFile(Callback):
         rank = f"_{trainer.global_rank}" if trainer.world_size > 1 else ""
         path = run_folder(trainer) / f"predictions{rank}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = all(isinstance(output, Tensor) for output in self._outputs)
-        torch.save(torch.cat(self._outputs) if tensors else [x for batch in self._outputs for x in batch], path)
+        torch.save(joined(self._outputs), path)
         print(f"predictions: {path}", flush=True)  # noqa: T201 (the result)
+
+
+def joined(batches: Sequence[Any]) -> Any:
+    """The outputs of all batches as one: tensors, lists with an entry for each image, or a list of what else it is."""
+    if all(isinstance(batch, Tensor) for batch in batches):
+        return torch.cat(list(batches))
+    if all(isinstance(batch, list) for batch in batches):
+        return [entry for batch in batches for entry in batch]
+    return list(batches)
 
 
 def model_callbacks(trainer: L.Trainer, module: PTQModule) -> list[Callback]:

@@ -19,7 +19,7 @@ from lightning_ptq.calibration import RANGE_IMAGES
 from lightning_ptq.callbacks import PredictionFile
 from lightning_ptq.checks import check_run_folder
 from lightning_ptq.datamodule import CalibrationDataModule
-from lightning_ptq.eight_bits import PLAN_IMAGES, eight_bits
+from lightning_ptq.eight_bits import eight_bits, images_to_try
 from lightning_ptq.errors import PTQError
 from lightning_ptq.export import export_onnx
 from lightning_ptq.front import front_data, front_text, pareto_front, plot_front
@@ -110,7 +110,7 @@ def _is_torchvision(model: nn.Module | str) -> bool:
 class Trainer(L.Trainer):
     """Lightning's Trainer and three more subcommands."""
 
-    weights_left_out: str | None = None  # by `plan`, for want of a file
+    untrained: str | None = None  # why `plan` has the network without its weights, if it has
 
     def plan(self, model: L.LightningModule, datamodule: CalibrationDataModule | None = None) -> None:
         """Print each unit: layers, bits, shapes, parameters, cache size, and what stays float.
@@ -123,10 +123,10 @@ class Trainer(L.Trainer):
         shape, samples = model.input_shape(datamodule.image_shape), datamodule.calibration_samples
         part = None if model.surroundings is None else model.surroundings.part
         print(plan_text(model.chains, model.quant, shape, samples, network=model.network_steps > 0, part=part))
-        if self.weights_left_out is None:
-            print(f"\n{_eight_bits_text(model, datamodule, self.strategy.root_device)}")
+        if self.untrained is None:
+            print(f"\n{_eight_bits_text(model, datamodule, shape, self.strategy.root_device)}")
         else:
-            print(f"\nnot tried with 8 bits: weights={self.weights_left_out!r} is no file, and plan downloads none")
+            print(f"\nnot tried with 8 bits: {self.untrained}")
 
     def sensitivity(self, model: L.LightningModule, datamodule: CalibrationDataModule | None = None) -> None:
         """Print what each tensor costs at 2, 3, 4 and 8 bits, and the best mixtures.
@@ -209,14 +209,15 @@ class SaveRunConfig(SaveConfigCallback):
 _FOUND_BY_LIGHTNING = ("best", "last", "hpc", "registry")
 
 
-def _eight_bits_text(model: PTQModule, datamodule: CalibrationDataModule, device: torch.device) -> str:
+def _eight_bits_text(
+    model: PTQModule, datamodule: CalibrationDataModule, shape: tuple[int, ...], device: torch.device
+) -> str:
     try:
-        datamodule.prepare_data()
-        datamodule.setup("fit")
-        # As one of so many processes: that reads no more images than are looked at.
-        few = datamodule.calibration_images(0, max(1, datamodule.calibration_samples // PLAN_IMAGES))
+        datamodule.setup("fit")  # nothing is downloaded for a plan
+        # As one of so many processes: that reads about as many images as are looked at.
+        few = datamodule.calibration_images(0, max(1, datamodule.calibration_samples // images_to_try(shape)))
         return eight_bits(model.to(device).chains, model.checked(few).to(device), model.quant, device).text()
-    except PTQError as error:
+    except Exception as error:  # whatever a user's data set raises: a plan does without images
         return f"not tried with 8 bits: {error}"
 
 
@@ -241,16 +242,19 @@ class PTQCLI(LightningCLI):
             raise PTQError(
                 f"ckpt_path={path!r} is no file, seen from {str(Path.cwd())!r}. A run leaves RUN/checkpoints/last.ckpt."
             )
-        self._weights_left_out = None
+        self._untrained: str | None = None
         if self.subcommand == "plan":
-            weights = self.config.plan.model.weights
-            if weights is not None and not Path(weights).is_file():
-                self._weights_left_out, self.config.plan.model.weights = weights, None
+            model = self.config.plan.model
+            if model.weights is not None and not Path(model.weights).is_file():
+                self._untrained = f"weights={model.weights!r} is no file, and plan downloads none"
+                model.weights = None
+            elif model.weights is None and _is_torchvision(model.model):
+                self._untrained = f"no weights are given for {model.model!r}"
 
     def before_plan(self) -> None:
         """Without its weights the network is another one: `plan` then says so instead of trying it."""
         assert isinstance(self.trainer, Trainer)
-        self.trainer.weights_left_out = self._weights_left_out
+        self.trainer.untrained = self._untrained
 
 
 def _image_shape(data: CalibrationDataModule | None) -> tuple[int, ...] | None:

@@ -85,7 +85,7 @@ def add_unit(graph: fx.Graph, attributes: dict[str, Any], unit: fx.GraphModule, 
             elif isinstance(module, Tap):
                 copies[node] = read[0]
             elif isinstance(module, Pack):
-                copies[node] = tuple(read) if module.keys is None else dict(zip(module.keys, read, strict=True))
+                copies[node] = module.structured(read)
             else:
                 attributes[str(node.target)] = module
                 copies[node] = graph.node_copy(node, copies.__getitem__)

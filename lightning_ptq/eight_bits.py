@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,8 +22,8 @@ from lightning_ptq.weights import WeightQuantizer
 
 # Least agreement with the teacher, and least signal to noise ratio where there are no classes, that raise no question.
 LEAST_AGREEMENT, LEAST_SQNR_DB = 97.0, 20.0
-# Images that a plan looks at.
-PLAN_IMAGES = 64
+# Images of 224 pixels that a plan looks at; of larger ones fewer.
+_PLAN_IMAGES, _PLAN_SIZE, _LEAST_PLANNED = 64, 3 * 224**2, 4
 # A tensor is to blame if its share of the error is that large.
 _BLAME = 0.1
 
@@ -62,7 +64,9 @@ class EightBits:
 
 
 def eight_bits(chains: ChainPair, images: Tensor, quant: QuantConfig, device: torch.device) -> EightBits:
-    """Quantize the student to eight bits, compare it with the teacher on `images` (N, C, H, W), and undo it.
+    """Quantize the student to eight bits, compare it with the teacher on `images` (N, C, H, W), and undo that.
+
+    What `equalize` does stays: both networks compute what they did.
 
     Raises:
         PTQError: the student has ranges already; NaN or infinite activations; images the network can't take.
@@ -75,7 +79,7 @@ def eight_bits(chains: ChainPair, images: Tensor, quant: QuantConfig, device: to
     before = [q.bits for q in quantizers]
     try:
         for q in quantizers:
-            q.set_bits(8)
+            q.set_bits(max(8, q.bits))  # an override that was given against this very warning
         estimate_ranges(student, images, quant, device, _alone)
         expected, actual = (run_chunked(chain, images, device) for chain in (teacher, student))
     finally:
@@ -97,6 +101,11 @@ def causes(
     total = sum(s.error for s in found) or 1.0
     shares = sorted(((title(s, chains), s.error / total) for s in found), key=lambda pair: -pair[1])
     return tuple((name, share) for name, share in shares if share >= _BLAME) or tuple(shares[:1])
+
+
+def images_to_try(image_shape: Sequence[int]) -> int:
+    """How many images of a shape (C, H, W) tell enough about a network without taking long."""
+    return max(_LEAST_PLANNED, min(_PLAN_IMAGES, _PLAN_IMAGES * _PLAN_SIZE // math.prod(image_shape)))
 
 
 def title(tensor: Sensitivity, chains: ChainPair) -> str:

@@ -16,7 +16,6 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_ptq.calibration import watch
 from lightning_ptq.config import NormScaling, QuantConfig
-from lightning_ptq.graph.fold import statistics_of
 from lightning_ptq.graph.norms import ChannelGroup
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.quantizers import ActQuantizer
@@ -103,9 +102,6 @@ def fold(source: nn.Module, layers: list[nn.Module], factor: Tensor, shift: Tens
     weight.copy_(weight.double() / factor.view(-1, *[1] * (weight.dim() - 1)))
     if bias is not None:
         bias.copy_((bias.double() + shift) / factor)
-    if (known := statistics_of(source)) is not None:  # the teacher's layer has the same tensors
-        for tensor in known:
-            tensor.div_(factor.to(tensor))
     for layer in layers:
         weight, bias = _weight(layer), layer._parameters["bias"]
         if bool(shift.any()):

@@ -139,6 +139,8 @@ def _images_and_labels(batch: Any) -> tuple[Any, Tensor | None]:
     """Images and, if there are any, labels of a validation batch; images of different sizes are a list."""
     if isinstance(batch, dict):
         batch = list(batch.values())
+    if isinstance(batch, list | tuple) and all(isinstance(image, Tensor) and image.dim() == 3 for image in batch):
+        return list(batch), None
     if isinstance(batch, (tuple, list)):
         return batch[0], batch[1] if len(batch) > 1 and isinstance(batch[1], Tensor) else None
     return batch, None

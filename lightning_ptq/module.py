@@ -83,7 +83,7 @@ class PTQModule(Evaluation):
         leaf_modules: name patterns of modules that are not traced and stay in floating point.
         image_shape: (C, H, W) of the images, for models that only `torch.export` can follow; None guesses it.
         part: qualified name of the submodule to quantize, all else stays in float; it takes one tensor and returns
-            tensors. None takes all of the model, or the `backbone` of a detector.
+            tensors. None takes all of the model, or the `backbone` of a detector; "" takes all in any case.
         terms: further loss terms of units by name; they do not join the last epoch.
         cache: where activations are kept: on the "device", on the "host", or "auto": on the device if they fit.
         held_out: share of the calibration images that no step draws; they judge each unit and measure its information.
@@ -154,7 +154,7 @@ class PTQModule(Evaluation):
             prediction=prediction,
             distribution_steps=distribution_steps,
         )
-        part = likely_part(model) if part is None else part
+        part = likely_part(model) if part is None else part or None
         surroundings = None if part is None else Surroundings(model, part)
         if surroundings is not None:
             image_shape = None if image_shape is None else surroundings.shape_of(image_shape)
@@ -191,6 +191,8 @@ class PTQModule(Evaluation):
         self.network_lr = network_lr
         if augment and not self.network_steps:
             raise PTQError("augment changes images in the last epoch, and there is none. Leave it out.")
+        if self.method.distribution_steps and quant.pairs != "none":
+            raise PTQError("distribution_steps compares with statistics that pairs='smooth' rescales. Leave one out.")
         if self.method.distribution_steps and not any(map(statistics_of, self.teacher.modules())):
             raise PTQError("distribution_steps needs a batch norm that was folded, and there is none. Leave it out.")
         self.augment = augment
@@ -200,6 +202,8 @@ class PTQModule(Evaluation):
 
         self.session = Session(self.teacher, self.student)
         self._model_digest = model_digest(self.teacher)
+        if surroundings is not None:  # what the part reads depends on them
+            self._model_digest += model_digest(surroundings)
         self._drop = DropMask(self.method.drop)
         # Equal on all ranks by construction, and DDP wraps anew for every unit.
         self._ddp_params_and_buffers_to_ignore = [name for name in self.state_dict() if name.startswith(_FROZEN)]
@@ -458,7 +462,8 @@ class PTQModule(Evaluation):
         rank, size = self.global_rank, self.trainer.world_size
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         images = Images(
-            open=lambda: self.checked(data.calibration_images(rank, size)),
+            open=lambda: data.calibration_images(rank, size),
+            read=self.checked,
             batch_size=self.batch_size,
             policy=self.cache_policy,
             config=self.quant,

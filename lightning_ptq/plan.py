@@ -50,6 +50,8 @@ def plan_text(
     quantized, `image_shape` is that of what it reads.
     """
     shapes = unit_shapes(chains.teacher, image_shape)
+    # Of a part, means over positions are kept in place of the output.
+    final = shapes[-1][0] if chains.student.is_part else _numel(shapes[-1])
     lines = [
         *([f"of the model, the part {part!r} only: all around it stays in floating point"] if part else []),
         f"{len(chains.student)} units for {samples} calibration images of shape {_shape(shapes[0])}, "
@@ -62,7 +64,7 @@ def plan_text(
         # As UnitCache, float32: both networks' inputs (the images are one and the same), the teacher's output of this
         # unit, and that of the whole network.
         inputs = 1 if k == 0 else 2
-        cache = samples * 4 * (inputs * _numel(shapes[k]) + _numel(shapes[k + 1]) + _numel(shapes[-1]))
+        cache = samples * 4 * (inputs * _numel(shapes[k]) + _numel(shapes[k + 1]) + final)
         title = f"{k + 1:>3}  {name}"
         parameters = sum(layer.parameters for layer in layers)
         lines.append(f"{title:<32} {_shape(shapes[k + 1]):>15} {parameters:>12,} {cache / 2**20:>10.1f}")
@@ -78,7 +80,8 @@ def plan_text(
     if quant.average_bits is not None:
         lines += ["", f"bits that nothing fixes are chosen when a fit starts, {quant.average_bits:g} on average"]
     quantized, total = multiply_adds(chains.student, image_shape)
-    lines += ["", f"{100 * quantized / max(total, 1):.2f} % of {total:,} multiply-adds for one image are quantized"]
+    of = "the part's " if part else ""
+    lines += ["", f"{100 * quantized / max(total, 1):.2f} % of {of}{total:,} multiply-adds for one image are quantized"]
     if chains.products:
         lines += [
             f"products of activations, A{quant.act_bits} unless overridden:",

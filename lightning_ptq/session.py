@@ -56,7 +56,7 @@ class Images:
     """What a calibration reads, and how.
 
     Attributes:
-        open: loads this process's calibration images (N, C, H, W).
+        open: loads this process's calibration images (N, C, H, W). read: images -> what the network reads of them.
         batch_size: images of each step.
         policy: where activations are kept.
         config: how ranges are estimated from the images. weighting: how channels are weighted.
@@ -67,6 +67,7 @@ class Images:
     """
 
     open: Callable[[], Tensor]
+    read: Callable[[Tensor], Tensor]
     batch_size: int
     policy: CachePolicy
     config: QuantConfig
@@ -222,7 +223,7 @@ class Session:
                 "the checkpoint was calibrated on other images. Give the same data, calibration_samples and seed."
             )
         self.image_digest, self.image_count = digest, int(counts.sum())
-        images = self.teacher.laid_out(images, world.device)
+        images = self.teacher.laid_out(data.read(images), world.device)
         self._images = images if data.again else None
         self._on_device = data.policy == "device" or (
             data.policy == "auto" and fits_on_device(self.teacher, images, world.device, data.correction > 0)

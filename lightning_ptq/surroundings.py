@@ -30,16 +30,24 @@ class _Reached(Exception):
 
 
 class _Opening(nn.Module):
-    """Stands where the part was."""
+    """Stands where the part was; calls `fill` in its place, at most once in a pass."""
 
     def __init__(self) -> None:
         super().__init__()
         self.fill: Callable[[Tensor], Any] | None = None
+        self.calls = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.fill is None or kwargs or len(args) != 1:
-            raise _Reached((*args, *kwargs.values()))
-        return self.fill(args[0])
+        read = (*args, *kwargs.values())
+        if self.fill is None:
+            raise _Reached(read)
+        self.calls += 1
+        if self.calls > 1 or len(read) != 1:
+            raise PTQError(
+                "the part is called more than once, or with more than one tensor; calibration sees one. Name a part "
+                "that is called once, with one tensor."
+            )
+        return self.fill(read[0])
 
 
 class Surroundings(nn.Module):
@@ -75,6 +83,11 @@ class Surroundings(nn.Module):
                 self.model(images)
         except _Reached as reached:
             read = reached.read
+        except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
+            raise PTQError(
+                f"{type(self.model).__name__} fails before it calls its part {self.part!r}: {error}. Check the images' "
+                "size and channels (data.resize, data.crop); what the model reads of its part itself can't be replaced."
+            ) from error
         else:
             raise PTQError(f"{type(self.model).__name__} does not call its part {self.part!r}. Name another part.")
         if len(read) != 1 or not isinstance(read[0], Tensor) or len(read[0]) != len(images):
@@ -95,7 +108,7 @@ class Surroundings(nn.Module):
 
     def forward(self, images: Any, chain: Chain) -> Any:
         """The model's output for `images`, with `chain` in place of the part."""
-        self.opening.fill = lambda x: outputs_of(chain, x)
+        self.opening.fill, self.opening.calls = lambda x: outputs_of(chain, x), 0
         try:
             return self.model(images)
         finally:
@@ -115,10 +128,12 @@ def outputs_of(chain: Chain, x: Tensor) -> Any:
 def likely_part(model: nn.Module) -> str | None:
     """The part of a model that is no chain of layers from image to result: a detector's backbone; None elsewhere.
 
-    A detector resizes its images in a module of its own (`transform`) and gives them to a `backbone`.
+    torchvision's detectors resize images in their `transform`, give them to their `backbone`, and find boxes with a
+    region proposal network or from anchors.
     """
-    children = dict(model.named_children())
-    return "backbone" if {"backbone", "transform"} <= set(children) else None
+    children = {name for name, _ in model.named_children()}
+    detects = {"backbone", "transform"} <= children and ("rpn" in children or "anchor_generator" in children)
+    return "backbone" if detects else None
 
 
 def without_classes(method: Method, critic: ContrastiveConfig) -> ContrastiveConfig:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -61,15 +62,17 @@ def test_nothing_but_biases_changes(tmp_path: Path) -> None:
     assert summary["units"][-1]["mse_after"] < summary["units"][-1]["mse_before"]
 
 
-def test_linear_layers_over_tokens_are_corrected_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("windows", [1, 4])
+def test_linear_layers_over_tokens_and_windows_are_corrected_too(tmp_path: Path, windows: int) -> None:
     class Tokens(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b, self.head = nn.Conv2d(3, 6, 2, 2), nn.Linear(6, 9, bias=False), nn.Linear(9, 5)
+            self.a, self.b, self.head = nn.Conv2d(3, 6, 2, 2), nn.Linear(6, 9, bias=False), nn.Linear(15, 5)
 
         def forward(self, x: Tensor) -> Tensor:
-            x = torch.relu(self.b(self.a(x).flatten(2).transpose(1, 2)))  # (N, 16, 9)
-            return self.head(x.mean(1))
+            x = self.a(x).flatten(2).transpose(1, 2)  # (N, 16, 6)
+            y = torch.relu(self.b(x.reshape(-1, 16 // windows, 6)))  # (N * windows, 16 / windows, 9)
+            return self.head(torch.cat([x, y.reshape(-1, 16, 9)], -1).mean(1))
 
     torch.manual_seed(0)
     module = PTQModule(
@@ -80,5 +83,6 @@ def test_linear_layers_over_tokens_are_corrected_too(tmp_path: Path) -> None:
     trainer(tmp_path, logger=False).fit(module, datamodule=data)
     wanted, found = (layer_outputs(chain, ["b"], images)["b"] for chain in (module.teacher, module.student))
     torch.testing.assert_close(found.mean((0, 1)), wanted.mean((0, 1)), rtol=1e-4, atol=1e-4)
+    assert all(report.accepted for report in module.reports)
     shifts = dict(quantized_layers(module.student))
     assert any(layer.weight_quantizer.bias_shift.any() for layer in shifts.values())

@@ -64,7 +64,9 @@ def test_processes_hold_out_equally_many() -> None:
     for size, drawn in ((1, 32), (2, 40)):
         module = tiny_module(held_out=0.2)
         session = Session(module.teacher, module.student)
-        images = Images(lambda: tiny_images(40), 8, "auto", module.quant, "equal", False, module.held_out, False, 0)
+        images = Images(
+            lambda: tiny_images(40), lambda x: x, 8, "auto", module.quant, "equal", False, module.held_out, False, 0
+        )
         session.enter(0, images, World(CPU, size, gather if size == 2 else lambda x: x[None]))
         assert session.opened.drawn == drawn
 

@@ -215,6 +215,21 @@ def test_the_cifar10_configs_run_on_a_folder_of_images(
     small_fit(config, tmp_path / "run", f"--data.root={small_images}", f"--model.weights={weights}")
 
 
+def test_plan_tries_eight_bits_with_the_real_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("plan", QUICKSTART)
+    assert "with 8 bits everywhere, rounded to nearest, 64 images: 100.0 % agreement" in capsys.readouterr().out
+    state = torch.load(ROOT / "lightning_ptq" / "demo" / "digits.pt", weights_only=True)
+    state["layer1.0.bn1.weight"][0] *= 1e4
+    state["layer1.0.conv2.weight"][:, 0] = 0
+    torch.save(state, tmp_path / "broken.pt")
+    run("plan", QUICKSTART, f"--model.weights={tmp_path / 'broken.pt'}")
+    assert (
+        "warning: that is little for 8 bits. What costs most: what 'layer1.0.conv2' reads (" in capsys.readouterr().out
+    )
+    run("plan", QUICKSTART, "--model.weights=nowhere.pt")
+    assert "not tried with 8 bits: weights='nowhere.pt' is no file" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("config", IMAGENET, ids=lambda path: path.stem)
 def test_the_imagenet_configs_are_planned_without_weights_or_data(
     config: Path, capsys: pytest.CaptureFixture[str]
@@ -224,6 +239,7 @@ def test_the_imagenet_configs_are_planned_without_weights_or_data(
     assert "1024 calibration images of shape 3x224x224, W4A4, edges 8bit" in printed
     for layer in ("conv1 ", "layer1.0.conv1", "layer4.1.conv2", "fc "):
         assert layer in printed
+    assert "not tried with 8 bits: weights=" in printed
 
 
 def test_the_resnet18_config_runs_on_a_folder_of_images(small_images: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ptq import PTQError, QuantConfig
-from lightning_ptq.eight_bits import EightBits, eight_bits
+from lightning_ptq.eight_bits import EightBits, eight_bits, images_to_try
 from lightning_ptq.graph import ChainPair, build_chain
 from lightning_ptq.quantizers import act_quantizers, weight_quantizers
 from tests.helpers import tiny_images, tiny_net
@@ -60,6 +60,25 @@ def test_the_tensor_that_eight_bits_cannot_hold_is_named() -> None:
     assert share > 0.9
     assert "warning" in found.text()
     assert "What costs most: what 'c' reads (" in found.text()
+
+
+def test_the_advice_of_the_warning_cures_it() -> None:
+    advised = QuantConfig(weight_bits=2, act_bits=2, overrides={"c": {"act_bits": 16}})
+    before, after = (
+        eight_bits(build_chain(Outlier().eval(), quant, "block"), tiny_images(64), quant, CPU)
+        for quant in (QUANT, advised)
+    )
+    assert before.sqnr_db < 25
+    assert after.sqnr_db > 40
+
+
+def test_large_images_are_few() -> None:
+    assert [images_to_try(shape) for shape in ((1, 8, 8), (3, 224, 224), (3, 448, 448), (3, 800, 1088))] == [
+        64,
+        64,
+        16,
+        4,
+    ]
 
 
 def test_without_classes_the_noise_decides() -> None:

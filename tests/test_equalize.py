@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_ptq import PTQError, QuantConfig
 from lightning_ptq.equalize import equalize, factors, largest_by_input
 from lightning_ptq.graph import build_chain
-from lightning_ptq.graph.fold import statistics_of
+from tests.helpers import tiny_module
 
 CPU = torch.device("cpu")
 
@@ -235,17 +235,26 @@ def test_scaling_pairs_keeps_the_function_and_brings_ranges_together(granularity
             torch.testing.assert_close(ratio, ratio.mean().expand(len(ratio)), rtol=1e-6, atol=0)
 
 
-@torch.no_grad()
-def test_statistics_of_folded_batch_norms_follow_in_the_teacher() -> None:
-    pair, x = build_chain(pairs(), SMOOTH, "net"), images()
-    (mean, deviation) = (t.clone() for t in statistics_of(pair.teacher.find("a")))  # type: ignore[union-attr]
-    weight = pair.teacher.find("a").weight.clone()  # type: ignore[union-attr,operator]
-    equalize(pair.student, x, SMOOTH, CPU, alone)
-    factor = (weight / pair.teacher.find("a").weight)[:, 0, 0, 0]  # type: ignore[index,operator]
-    new = statistics_of(pair.teacher.find("a"))
-    assert new is not None
-    torch.testing.assert_close(new[0].double(), mean.double() / factor, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(new[1].double(), deviation.double() / factor, rtol=1e-4, atol=1e-6)
+class NoPairs(nn.Module):
+    """Pooling behind a linear layer pools channels; and readers of two kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.pool, self.b = nn.Linear(8, 6), nn.MaxPool1d(3, 1, 1), nn.Linear(6, 6)
+        self.conv, self.fc = nn.Conv1d(6, 6, 1), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.pool(self.a(x.mean(1))))  # (N, 6, 6)
+        return self.conv(x) + self.fc(x)
+
+
+def test_pools_behind_linear_layers_and_readers_of_two_kinds_make_no_pair() -> None:
+    assert build_chain(NoPairs().eval(), SMOOTH, "net").student.pairs == ()
+
+
+def test_pairs_and_the_correction_towards_statistics_exclude_each_other() -> None:
+    with pytest.raises(PTQError, match="distribution_steps compares with statistics that pairs='smooth' rescales"):
+        tiny_module(SMOOTH, method="pdquant", distribution_steps=2)
 
 
 def test_largest_weights_are_found_for_each_input_channel() -> None:

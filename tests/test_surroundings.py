@@ -15,6 +15,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from lightning_ptq import CalibrationDataModule, PTQError, PTQModule, QuantConfig
+from lightning_ptq.callbacks import joined
 from lightning_ptq.cli import main
 from lightning_ptq.config import QuantConfig as Config
 from lightning_ptq.graph import build_chain
@@ -165,7 +166,27 @@ class Calls(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.how == "never":
             return x
-        return self.part(x[:1] if self.how == "rows" else x.flatten(1)) if self.how != "keyword" else self.part(input=x)
+        if self.how == "attribute":
+            return self.part(x.to(self.part.weight.dtype))
+        if self.how == "twice":
+            return self.part(x) + self.part(2 * x)
+        return self.part(x[:1]) if self.how == "rows" else self.part(input=x)
+
+
+IMAGES = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+def run_with_part(how: str) -> Tensor:
+    """The model with its own part in place."""
+    net = Calls(how).eval()
+    output: Tensor = Surroundings(net, "part")(IMAGES, build_chain(net.part, Config(), "block", is_part=True).teacher)
+    return output
+
+
+def test_a_part_may_be_called_by_keyword() -> None:
+    net = Calls("keyword").eval()
+    teacher = build_chain(net.part, Config(), "block", is_part=True).teacher
+    torch.testing.assert_close(Surroundings(net, "part")(IMAGES, teacher), net(IMAGES))
 
 
 @pytest.mark.parametrize(
@@ -177,6 +198,14 @@ class Calls(nn.Module):
         (lambda: PTQModule(detector().train()), "training mode"),
         (lambda: Surroundings(Calls("never").eval(), "part").shape_of((3, 4, 4)), "does not call its part 'part'"),
         (lambda: Surroundings(Calls("rows").eval(), "part").inputs(torch.ones(2, 3, 4, 4)), "a row for each image"),
+        (
+            lambda: Surroundings(Calls("attribute").eval(), "part").inputs(IMAGES),
+            "fails before it calls its part 'part'",
+        ),
+        (lambda: Surroundings(tiny_net(), "blocks").inputs(torch.ones(2, 1, 8, 8)), "Check the images' size"),
+        (lambda: run_with_part("twice"), "called more than once"),
+        (lambda: build_chain(nn.Flatten(0).eval(), Config(), "block", is_part=True), "no layer that can be quantized"),
+        (lambda: Pack(None)(torch.ones(4)), "a tensor without channels"),
         (lambda: build_chain(Nested().eval(), Config(), "block", is_part=True), "something else than a tensor"),
     ],
 )
@@ -199,6 +228,30 @@ class Nested(nn.Module):
 def test_only_detectors_have_a_part_by_themselves() -> None:
     assert likely_part(detector()) == "backbone"
     assert likely_part(tiny_net()) is None
+    resized = nn.ModuleDict({"transform": nn.Identity(), "backbone": nn.Identity(), "head": nn.Identity()})
+    assert likely_part(resized) is None
+    with pytest.raises(PTQError, match="FasterRCNN"):  # all of it can't be captured
+        PTQModule(detector(), part="", image_shape=(3, 32, 48))
+
+
+def test_predictions_of_all_kinds_are_put_together() -> None:
+    x, y = torch.zeros(2, 3), torch.ones(1, 3)
+    assert torch.equal(joined([x, y]), torch.cat([x, y]))
+    assert joined([[{"boxes": x}, {"boxes": y}], [{"boxes": y}]]) == [{"boxes": x}, {"boxes": y}, {"boxes": y}]
+    assert joined([{"out": x}, {"out": y}]) == [{"out": x}, {"out": y}]
+
+
+def test_a_checkpoint_of_other_surroundings_is_refused(tmp_path: Path) -> None:
+    quant = QuantConfig(weight_bits=8, act_bits=8)
+    module = PTQModule(tiny_net(), quant, "nearest", batch_size=8, seed=0, part="blocks")
+    trainer(tmp_path, logger=False, enable_checkpointing=True).fit(module, datamodule=tiny_data())
+    other = tiny_net()
+    with torch.no_grad():
+        other.stem.weight.mul_(2)
+    path = next(tmp_path.rglob("last.ckpt"))
+    PTQModule.load_from_checkpoint(path, model=tiny_net(), quant=quant, method="nearest", part="blocks")
+    with pytest.raises(PTQError, match="other weights"):
+        PTQModule.load_from_checkpoint(path, model=other, quant=quant, method="nearest", part="blocks")
 
 
 def test_the_model_is_not_changed() -> None:

@@ -97,6 +97,7 @@ def build_chain(
     decompose_attention(gm, leaf_modules)
     modularise(gm, leaf_modules)
     untie(gm)
+    fold_affine(gm)  # what lies between a layer and its batch norm, and what lies behind
     fold_batch_norm(gm)
     fold_affine(gm)
     placement = place_quantizers(gm, config, leaf_modules)

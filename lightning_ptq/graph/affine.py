@@ -57,10 +57,11 @@ def channel_values(gm: fx.GraphModule, layer: nn.Module, value: Any) -> Tensor |
     fixed = attribute_of(gm, str(value.target))
     if not isinstance(fixed, Tensor) or not fixed.is_floating_point():
         return None
+    fixed = fixed.detach().to(weight.device, torch.float64)
     if fixed.numel() == 1 and fixed.dim() <= weight.dim():
-        return fixed.detach().double().reshape(1).expand(weight.shape[0])
+        return fixed.reshape(1).expand(weight.shape[0])
     # Behind the channels of a convolution come its positions; those of a linear layer are the last dimension.
     behind = weight.dim() - 2 if isinstance(layer, _ConvNd) else 0
     shape = [weight.shape[0], *[1] * behind]
     fits = list(fixed.shape) in (shape, [1, *shape]) if behind else list(fixed.shape) == shape
-    return fixed.detach().double().flatten() if fits else None
+    return fixed.flatten() if fits else None

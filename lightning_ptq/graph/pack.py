@@ -19,26 +19,30 @@ class Pack(nn.Module):
     Channels that an output has not are zeros.
 
     Args:
-        keys: what the model calls its outputs, in a dict; None if it returns a tuple or list.
+        keys: what the model calls its outputs, in a dict; None if it returns a tuple or list. kind: that type.
 
     Shape: each (N, C_i, positions...) -> (N, max C_i, sum of positions).
     """
 
-    def __init__(self, keys: tuple[Any, ...] | None) -> None:
+    def __init__(self, keys: tuple[Any, ...] | None, kind: type[list[Any]] | type[tuple[Any, ...]] = tuple) -> None:
         super().__init__()
-        self.keys = keys
+        self.keys, self.kind = keys, kind
         self.outputs: list[Tensor] | None = None
 
     def forward(self, *outputs: Tensor) -> Tensor:
         if self.outputs is not None:
             self.outputs.extend(outputs)
+        if any(x.dim() < 2 for x in outputs):
+            raise PTQError(
+                "the part gives a tensor without channels: its outputs must be (N, C, ...). Name another part."
+            )
         flat = [x.flatten(2) if x.dim() > 2 else x[:, :, None] for x in outputs]
         widest = max(x.shape[1] for x in flat)
         return torch.cat([pad(x, (0, 0, 0, widest - x.shape[1])) for x in flat], dim=2)
 
-    def structured(self, outputs: Sequence[Tensor]) -> dict[Any, Tensor] | tuple[Tensor, ...]:
+    def structured(self, outputs: Sequence[Any]) -> Any:
         """The outputs as the model returns them."""
-        return tuple(outputs) if self.keys is None else dict(zip(self.keys, outputs, strict=True))
+        return self.kind(outputs) if self.keys is None else dict(zip(self.keys, outputs, strict=True))
 
 
 def pack_outputs(gm: fx.GraphModule) -> None:
@@ -52,10 +56,10 @@ def pack_outputs(gm: fx.GraphModule) -> None:
     if isinstance(outputs, fx.Node):
         return
     keys = tuple(outputs) if isinstance(outputs, Mapping) else None
-    values = list(outputs.values()) if isinstance(outputs, Mapping) else outputs
+    values = tuple(outputs.values()) if isinstance(outputs, Mapping) else outputs
     if not isinstance(values, list | tuple) or not values or not all(isinstance(v, fx.Node) for v in values):
         raise PTQError("the part returns something else than a tensor, or a flat dict, tuple or list of tensors.")
-    gm.add_submodule("packed_outputs", Pack(keys))
+    gm.add_submodule("packed_outputs", Pack(keys, list if isinstance(values, list) else tuple))
     with gm.graph.inserting_before(end):
         packed = gm.graph.call_module("packed_outputs", tuple(values))
     end.args = (packed,)

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
 from lightning_ptq.graph.norms import ChannelGroup
 from lightning_ptq.graph.placement import Placement
 from lightning_ptq.graph.trace import op_name, words
 
 # Operations f, channel by channel, with f(s * x) = s * f(x) for positive s. ReLU6 is none.
-_HOMOGENEOUS_OPS = words("relu leaky_relu max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d")
-_HOMOGENEOUS = (
-    nn.ReLU,
-    nn.LeakyReLU,
-    nn.PReLU,
-    nn.MaxPool1d,
-    nn.MaxPool2d,
-    nn.MaxPool3d,
-    nn.AvgPool1d,
-    nn.AvgPool2d,
-    nn.AvgPool3d,
-)
+_HOMOGENEOUS_OPS, _HOMOGENEOUS = words("relu leaky_relu"), (nn.ReLU, nn.LeakyReLU, nn.PReLU)
+# The same behind a convolution. Behind a linear layer they pool channels.
+_POOL_OPS = words("max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d")
+_POOLS = (_MaxPoolNd, _AvgPoolNd)
 
 
 def find_pairs(placement: Placement) -> tuple[ChannelGroup, ...]:
@@ -35,7 +28,7 @@ def find_pairs(placement: Placement) -> tuple[ChannelGroup, ...]:
             continue
         layer, behind = gm.get_submodule(str(source.target)), [gm.get_submodule(str(r.target)) for r in readers]
         calls = sum(node.op == "call_module" and node.target == source.target for node in gm.graph.nodes)
-        alike = isinstance(layer, _ConvNd) == all(isinstance(other, _ConvNd) for other in behind)
+        alike = all(isinstance(other, _ConvNd) == isinstance(layer, _ConvNd) for other in behind)
         if calls == 1 and alike and {inputs_of(other) for other in behind} == {outputs_of(layer)}:
             names = tuple(str(reader.target) for reader in readers)
             groups.append(ChannelGroup(str(source.target), str(quantizer.target), names))
@@ -44,19 +37,24 @@ def find_pairs(placement: Placement) -> tuple[ChannelGroup, ...]:
 
 def source_layer(placement: Placement, quantizer: fx.Node) -> fx.Node | None:
     """The quantized layer whose output, behind homogeneous operations, is all that `quantizer` reads."""
-    node = quantizer.all_input_nodes[0]
+    gm, node, pools = placement.gm, quantizer.all_input_nodes[0], False
     while node not in placement.layers:
-        if len(node.users) != 1 or len(node.all_input_nodes) != 1 or not is_homogeneous(placement.gm, node):
+        pool = does(gm, node, _POOL_OPS, _POOLS)
+        if len(node.users) != 1 or len(node.all_input_nodes) != 1:
             return None
-        node = node.all_input_nodes[0]
-    return node if len(node.users) == 1 else None
+        if not pool and not does(gm, node, _HOMOGENEOUS_OPS, _HOMOGENEOUS):
+            return None
+        node, pools = node.all_input_nodes[0], pools or pool
+    if len(node.users) != 1 or (pools and not isinstance(gm.get_submodule(str(node.target)), _ConvNd)):
+        return None
+    return node
 
 
-def is_homogeneous(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether scaling a channel before this operation scales it behind, and changes nothing else."""
+def does(gm: fx.GraphModule, node: fx.Node, ops: frozenset[str], modules: tuple[type, ...]) -> bool:
+    """Whether a node calls one of these functions, or a module of one of these classes."""
     if node.op == "call_module":
-        return isinstance(gm.get_submodule(str(node.target)), _HOMOGENEOUS)
-    return op_name(node) in _HOMOGENEOUS_OPS
+        return isinstance(gm.get_submodule(str(node.target)), modules)
+    return op_name(node) in ops
 
 
 def inputs_of(layer: nn.Module) -> int:

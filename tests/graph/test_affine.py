@@ -22,7 +22,7 @@ class Behind(nn.Module):
         self.layer, self.behind = layer, behind
         self.gain, self.shift = (nn.Parameter(torch.randn(shape)) for _ in range(2))
         self.pixels = nn.Parameter(torch.randn(5, 5))
-        self.frozen = FrozenBatchNorm2d(6)
+        self.frozen, self.norm = FrozenBatchNorm2d(6), nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.behind(self, self.layer(x))
@@ -78,6 +78,17 @@ def test_what_is_not_stays_right(behind: Any, shape: tuple[int, ...]) -> None:
     net, pair = net_and_chain(nn.Conv2d(3, 6, 3), behind, shape)
     images = torch.randn(2, 3, 7, 7, dtype=torch.float64)
     torch.testing.assert_close(pair.teacher(images), net(images), rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_what_lies_between_a_layer_and_its_batch_norm_keeps_neither_from_folding() -> None:
+    net, _ = net_and_chain(nn.Conv2d(3, 6, 3), lambda s, y: s.norm(y * 0.5), (1,))
+    net.norm = nn.BatchNorm2d(6).double().eval()
+    net.norm.running_var.uniform_(0.5, 2)
+    pair = build_chain(net, QuantConfig(), "block")
+    images = torch.randn(2, 3, 7, 7, dtype=torch.float64)
+    torch.testing.assert_close(pair.teacher(images), net(images), rtol=1e-12, atol=1e-12)
+    assert not pair.floats
 
 
 @torch.no_grad()
