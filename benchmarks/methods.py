@@ -54,12 +54,12 @@ GRIDS: dict[str, Grid] = {
     },
     # Bits chosen for each layer; "w3a3" sets the budget's yardstick only.
     "mixed": {"bits": ["w3a3"], "options": [{}, {"quant": {"average_bits": 3.0}}]},
-    # Nothing is learned: bias correction and cross-layer equalisation.
+    # Nothing is learned: bias correction and cross-layer equalisation. A row has plain rounding to nearest as well.
     "unlearned": {
         "model": ["resnet20", "mobilenetv2"],
         "bits": BITS,
         "method": ["nearest"],
-        "options": [{}, {"corrections": True}, {"quant": {"pairs": "smooth"}}],
+        "options": [{"corrections": True}, {"quant": {"pairs": "smooth"}}],
     },
     "time": {"contrastive": [False, True]},
     "times": {"steps": [100, 250, 500, 1000], "contrastive": [False, True]},
