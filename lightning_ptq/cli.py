@@ -21,7 +21,7 @@ from lightning_ptq.checks import check_run_folder
 from lightning_ptq.datamodule import CalibrationDataModule
 from lightning_ptq.eight_bits import eight_bits, images_to_try
 from lightning_ptq.errors import PTQError
-from lightning_ptq.export import export_onnx
+from lightning_ptq.export import export_onnx, save_packed
 from lightning_ptq.front import front_data, front_text, pareto_front, plot_front
 from lightning_ptq.module import PTQModule
 from lightning_ptq.plan import plan_text
@@ -159,11 +159,11 @@ class Trainer(L.Trainer):
         output: str = "model.onnx",
         overwrite: bool = False,
     ) -> None:
-        """Write the quantized network as an ONNX model and compare the two on the calibration images.
+        """Write the quantized network as an ONNX model, compared with the simulation, or as a packed checkpoint.
 
         Args:
             ckpt_path: a finished fit's checkpoint.
-            output: the file to write.
+            output: the file to write: .onnx, or .ptq for a packed checkpoint.
             overwrite: replace a file that is there.
 
         Exits with code 1 if the exported model does not do what the simulation does.
@@ -171,7 +171,14 @@ class Trainer(L.Trainer):
         assert isinstance(model, PTQModule)
         if ckpt_path is None or datamodule is None:
             raise PTQError("export needs a finished fit: give its config with --config and --ckpt_path.")
+        if Path(output).suffix not in (".onnx", ".ptq"):
+            raise PTQError(f"output={output!r} names no format. Let it end in .onnx or .ptq.")
         restore(model, ckpt_path)
+        if Path(output).suffix == ".ptq":
+            sizes = save_packed(model, output, overwrite=overwrite)
+            parts = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+            print(f"{output}: {sum(sizes.values()):,} bytes ({parts})")
+            return
         datamodule.prepare_data()
         datamodule.setup("fit")
         report = export_onnx(model, output, datamodule.calibration_images(), overwrite=overwrite)

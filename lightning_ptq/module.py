@@ -174,7 +174,7 @@ class PTQModule(Evaluation):
         self.method_name, self.quant, self.critic = method, quant, critic
         self.contrastive = contrastive = contrastive and coordinates.learns
         self.model_name, self.rounding_weight = type(model).__name__, rounding_weight
-        self.held_out = held_out
+        self.held_out, self.leaf_modules = held_out, tuple(leaf_modules)
         # What learns nothing needs no steps; one keeps Lightning's loop, and so validation and checkpoints, alive.
         self.steps_per_unit = steps_per_unit if self.method.learns else 1
         self.batch_size, self.cache_policy = batch_size, cache

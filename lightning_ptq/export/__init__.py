@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_ptq.convert import check_convertible
 from lightning_ptq.errors import PTQError
+from lightning_ptq.export.check import check_exportable, describe
 from lightning_ptq.export.onnx import onnx_model, require
+from lightning_ptq.export.packed import load_packed, save_packed
 from lightning_ptq.export.parity import ParityReport, compare_outputs, first_difference, passes, size_of
-from lightning_ptq.fingerprint import model_digest
 
 if TYPE_CHECKING:
     from lightning_ptq.module import PTQModule
 
-__all__ = ["ParityReport", "export_onnx"]
+__all__ = ["ParityReport", "export_onnx", "load_packed", "save_packed"]
 
 # Images that tell which unit differs.
 _LOOKED_AT = 16
@@ -64,44 +63,12 @@ def export_onnx(
     return ParityReport(str(path), size_of(path), len(images), agreement, sqnr_db, largest, passed, unit)
 
 
-def check_exportable(module: PTQModule, path: Path, overwrite: bool) -> None:
-    """Raise `PTQError` for what can't be exported, or not to `path`."""
-    if path.exists() and not overwrite:
-        raise PTQError(f"{str(path)!r} exists and is kept. Give another path, or overwrite=True (--overwrite true).")
-    check_convertible(module.student)
-    left = module.epoch_names[len(module.reports) :]
-    if left:
-        raise PTQError(
-            f"calibration is not finished: {', '.join(map(repr, left[:6]))}{', ...' if len(left) > 6 else ''} "
-            "are left. Go on with fit and ckpt_path."
-        )
-    if module.surroundings is not None:
-        raise PTQError("a part of a model can't be exported yet: its output is packed. Export the model as a whole.")
-
-
 def calibration_images(module: PTQModule) -> Tensor:
     """The calibration images of the module's datamodule."""
     data = None if module._trainer is None else module.trainer.datamodule  # type: ignore[attr-defined]
     if data is None:
         raise PTQError("parity needs images, and this module has no datamodule. Give images=..., (N, C, H, W).")
     return module.checked(data.calibration_images())
-
-
-def describe(module: PTQModule) -> dict[str, Any]:
-    """What identifies an exported model: plain values."""
-    return {
-        "lightning_ptq": version("lightning-ptq"),
-        "torch": torch.__version__,
-        "model": module.model_name,
-        "method": module.method_name,
-        "contrastive": module.contrastive,
-        "weight_bits": module.quant.weight_bits,
-        "act_bits": module.quant.act_bits,
-        "average_bits": module.quant.average_bits,
-        "edges": module.quant.edges,
-        "seed": module.seed,
-        "teacher_sha256": model_digest(module.teacher),
-    }
 
 
 def save(model: Any, path: Path) -> None:

@@ -163,5 +163,10 @@ def test_export_from_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[
         main([*args, "--overwrite=true"])
     assert stopped.value.code == 1
     assert "NOT as simulated" in capsys.readouterr().out
+    packed = tmp_path / "digits.ptq"
+    main(["export", "--config", str(config), f"--ckpt_path={checkpoint}", f"--output={packed}"])
+    assert f"digits.ptq: {packed.stat().st_size:,} bytes (weights " in capsys.readouterr().out
+    with pytest.raises(PTQError, match=r"Let it end in .onnx or .ptq"):
+        main([*args[:-1], "--output=digits.pt"])
     with pytest.raises(PTQError, match="export needs a finished fit"):
         main(["export", "--config", str(config)])
