@@ -1,14 +1,17 @@
-"""Bias correction: what quantization adds to the mean of a layer's output is taken off its bias (Nagel et al. 2019)."""
+"""Biases are corrected by what quantization adds to a layer's mean (Nagel et al. 2019), or rounded as kernels do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_ptq.cache import UnitCache, chunks
+from lightning_ptq.graph import Chain, LayerPlan
 from lightning_ptq.layers import quantized_layers
+from lightning_ptq.quantizers import ActQuantizer
+from lightning_ptq.weights import WeightQuantizer
 
 
 @torch.no_grad()
@@ -27,6 +30,23 @@ def correct_biases(cache: UnitCache, mean: Callable[[Tensor], Tensor]) -> None:
         wanted = channel_means(teacher, name, dim, cache.teacher_in[drawn], cache.device)
         found = channel_means(student, name, dim, cache.student_in[drawn], cache.device)
         layer.weight_quantizer.bias_shift.add_(mean(wanted - found))
+
+
+@torch.no_grad()
+def round_biases(student: Chain, layers: Sequence[LayerPlan]) -> None:
+    """Make every bias a multiple of input scale x weight scale, in which an integer kernel adds up its products.
+
+    A runtime rounds it to that anyhow; so the simulation does, too.
+    """
+    for plan in layers:
+        layer, read = student.find(plan.name), student.find(plan.reads)
+        assert isinstance(read, ActQuantizer)
+        q = layer.weight_quantizer
+        assert isinstance(q, WeightQuantizer)
+        bias = q.correct(layer._parameters["bias"])
+        if bias is not None and bool(bias.any()):
+            step = read.scale * q.effective_scale.flatten()  # (O,), or (1,)
+            q.bias_shift.add_((bias / step).round() * step - bias)
 
 
 def channel_means(unit: nn.Module, layer: str, dim: int, x: Tensor, device: torch.device) -> Tensor:

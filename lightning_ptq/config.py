@@ -13,6 +13,7 @@ EdgePolicy = Literal["8bit", "same"]
 Budget = Literal["bops", "size"]
 SoftmaxGrid = Literal["uniform", "log2"]
 NormScaling = Literal["ranges", "smooth", "none"]
+PlacementRule = Literal["paper", "hardware"]
 PairScaling = Literal["smooth", "none"]
 Granularity = Literal["layer", "block", "stage", "net"]
 
@@ -43,7 +44,8 @@ class QuantConfig:
         act_range: range estimator of the activations.
         edges: "8bit" keeps the weights of the first and last layer, the network's input and the last
             layer's input at 8 bits (the convention of BRECQ, QDrop and PD-Quant); "same" does not.
-        placement: "paper" puts one quantizer on every tensor that a quantizable layer reads.
+        placement: "paper" puts one quantizer on every tensor that a quantizable layer reads; "hardware" also around
+            additions, concatenations and average pools and behind layers, as integer kernels need them.
         norms: how the channels of a layer norm's output, where linear layers alone read it, are brought together before
             they share one scale: to one range ("ranges"), halfway ("smooth") or not ("none"); see `equalize.py`.
         pairs: the same for what lies between two layers, with at most a ReLU there: halfway ("smooth") or not ("none").
@@ -69,7 +71,7 @@ class QuantConfig:
     weight_range: RangeName = "mse"
     act_range: RangeName = "mse"
     edges: EdgePolicy = "8bit"
-    placement: Literal["paper"] = "paper"
+    placement: PlacementRule = "paper"
     norms: NormScaling = "ranges"
     pairs: PairScaling = "none"
     softmax: SoftmaxGrid = "uniform"
@@ -84,7 +86,12 @@ class QuantConfig:
         check_option(self.weight_range, get_args(RangeName), "weight_range")
         check_option(self.act_range, get_args(RangeName), "act_range")
         check_option(self.edges, get_args(EdgePolicy), "edges")
-        check_option(self.placement, ("paper",), "placement")
+        check_option(self.placement, get_args(PlacementRule), "placement")
+        if self.placement == "hardware" and not self.weight_symmetric:
+            raise PTQError(
+                "placement='hardware' needs weight_symmetric=True, since an integer kernel has one zero point for all "
+                "channels."
+            )
         check_option(self.norms, get_args(NormScaling), "norms")
         check_option(self.pairs, get_args(PairScaling), "pairs")
         check_option(self.softmax, get_args(SoftmaxGrid), "softmax")

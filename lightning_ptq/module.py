@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_ptq.allocator import keep_freed_memory
 from lightning_ptq.augment import Augmentation
-from lightning_ptq.bias import correct_biases
+from lightning_ptq.bias import correct_biases, round_biases
 from lightning_ptq.cache import Minibatch, UnitCache
 from lightning_ptq.calibration import UnitReport
 from lightning_ptq.callbacks import model_callbacks
@@ -524,6 +524,8 @@ class PTQModule(Evaluation):
     def _finish(self, unit: int) -> None:
         """Judge `unit` if it was not yet, and log what its report says."""
         report = self.session.finish(unit)
+        if unit == len(self.epoch_names) - 1 and self.quant.placement == "hardware":
+            round_biases(self.student, self.chains.layers)
         if report is not None:
             self._log(report.name, {k: v for k, v in report.to_dict().items() if isinstance(v, float)})
 

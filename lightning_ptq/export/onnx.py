@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from lightning_ptq.convert import OPS, convert
+from lightning_ptq.convert import OPS, container, convert
 from lightning_ptq.errors import PTQError
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.layers import quantized_layers
+from lightning_ptq.quantizers import act_quantizers
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from onnx import ModelProto, NodeProto
 
 # The first with 4-bit and 16-bit integers in QuantizeLinear and DequantizeLinear.
 OPSET = 21
@@ -45,7 +46,7 @@ def onnx_model(
     names = list(student.names) if every_unit else ["output"]
     exported = _exported(model, torch.zeros(2, *image_shape), names)
     narrow_weights(exported, [name for name, bits in weight_bits(student).items() if bits <= 4])
-    clips_as_bounds(exported)
+    clips_as_bounds(exported, small_grids(student))
     entry = exported.metadata_props.add()
     entry.key, entry.value = "lightning_ptq", json.dumps(dict(metadata))
     return exported
@@ -134,16 +135,32 @@ def narrow_weights(model: ModelProto, layers: Iterable[str]) -> None:
         model.graph.initializer.remove(unread)
 
 
-def clips_as_bounds(model: ModelProto) -> None:
-    """Write every Clip before a QuantizeLinear as Max and Min, in place.
+def small_grids(student: Chain) -> set[tuple[float, int]]:
+    """(scale, zero point) of every activation quantizer whose grid is smaller than its integer type."""
+    return {
+        (float(q.scale), int(q.zero_point))
+        for q in act_quantizers(student)
+        if q.bits < _MOST_BITS[container(q.bits, q.symmetric)]
+    }
+
+
+def clips_as_bounds(model: ModelProto, grids: set[tuple[float, int]]) -> None:
+    """Write the Clip before each QuantizeLinear with one of `grids` as Max and Min, in place.
 
     ONNX Runtime rounds the float bias of a layer to int32 multiples of input scale x weight scale where it finds but
     Relu and Clip between the layer and a QuantizeLinear. With few bits these multiples are coarse: it would be another
     network than the one that was simulated.
     """
+    from onnx import numpy_helper
     from onnx.helper import make_node
 
-    quantized = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+
+    def grid(node: NodeProto) -> tuple[float, int]:
+        scale, zero_point = (numpy_helper.to_array(stored[name]).item() for name in node.input[1:3])
+        return scale, zero_point
+
+    quantized = {n.input[0] for n in model.graph.node if n.op_type == "QuantizeLinear" and grid(n) in grids}
     nodes = []
     for node in model.graph.node:
         if node.op_type == "Clip" and node.output[0] in quantized:

@@ -147,7 +147,7 @@ def plan_layers(placement: Placement, units: Sequence[Sequence[fx.Node]]) -> tup
                         bits.weight_bits,
                         bits.act_bits,
                         count,
-                        str(node.all_input_nodes[0].target),
+                        placement.reads[node],
                         node in placement.fixed,
                     )
                 )

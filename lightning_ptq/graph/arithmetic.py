@@ -9,6 +9,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_ptq.graph.hardware import origin
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.layers import is_quantized, quantized_layers
 from lightning_ptq.quantizers import ActQuantizer
@@ -39,9 +40,11 @@ class _Counter(fx.Interpreter):
         """Whether a node computes with a quantized weight, or with two quantized activations."""
         if node.op == "call_module":
             return is_quantized(self.module.get_submodule(str(node.target)))
+        unit = self.module
+        assert isinstance(unit, fx.GraphModule)
         return all(
-            source.op == "call_module" and isinstance(self.module.get_submodule(str(source.target)), ActQuantizer)
-            for source in node.all_input_nodes
+            source.op == "call_module" and isinstance(unit.get_submodule(str(source.target)), ActQuantizer)
+            for source in (origin(unit, source) for source in node.all_input_nodes)
         )
 
 

@@ -6,9 +6,10 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
+from lightning_ptq.graph.hardware import does
 from lightning_ptq.graph.norms import ChannelGroup
 from lightning_ptq.graph.placement import Placement
-from lightning_ptq.graph.trace import op_name, words
+from lightning_ptq.graph.trace import words
 
 # Operations f, channel by channel, with f(s * x) = s * f(x) for positive s. ReLU6 is none.
 _HOMOGENEOUS_OPS, _HOMOGENEOUS = words("relu leaky_relu"), (nn.ReLU, nn.LeakyReLU, nn.PReLU)
@@ -48,13 +49,6 @@ def source_layer(placement: Placement, quantizer: fx.Node) -> fx.Node | None:
     if len(node.users) != 1 or (pools and not isinstance(gm.get_submodule(str(node.target)), _ConvNd)):
         return None
     return node
-
-
-def does(gm: fx.GraphModule, node: fx.Node, ops: frozenset[str], modules: tuple[type, ...]) -> bool:
-    """Whether a node calls one of these functions, or a module of one of these classes."""
-    if node.op == "call_module":
-        return isinstance(gm.get_submodule(str(node.target)), modules)
-    return op_name(node) in ops
 
 
 def inputs_of(layer: nn.Module) -> int:

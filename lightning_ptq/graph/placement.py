@@ -10,7 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_ptq.config import LayerBits, QuantConfig
 from lightning_ptq.errors import PTQError
-from lightning_ptq.graph.trace import has_attribute, is_inside, is_torch_op, op_name, words
+from lightning_ptq.graph.hardware import kernels, origin, result
+from lightning_ptq.graph.trace import has_attribute, is_inside, is_torch_op, node_kinds, op_name, words
 from lightning_ptq.layers import is_quantizable
 from lightning_ptq.quantizers import ActQuantizer, LogQuantizer
 
@@ -40,6 +41,7 @@ class Placement:
         products: nodes that multiply two activations -> their names.
         fixed: layers whose bits follow from the edge policy or an override.
         quantizers: quantizer nodes.
+        reads: layer node -> name of the quantizer of what it reads.
     """
 
     gm: fx.GraphModule
@@ -47,13 +49,14 @@ class Placement:
     products: dict[fx.Node, str]
     fixed: frozenset[fx.Node]
     quantizers: frozenset[fx.Node]
+    reads: dict[fx.Node, str]
 
 
 def place_quantizers(gm: fx.GraphModule, config: QuantConfig, leaf_modules: Sequence[str] = ()) -> Placement:
     """Insert one `ActQuantizer` after the producer of every tensor that a quantizable layer or a product reads.
 
-    All readers of that tensor, residual additions and pools included, read the quantized one. Products inside modules
-    that a pattern of `leaf_modules` names stay in float.
+    All readers of that tensor, residual additions and pools included, read the quantized one. With placement "hardware"
+    there are more of them (`hardware.py`). Products inside modules that a pattern of `leaf_modules` names stay float.
 
     Raises:
         PTQError: nothing to quantize, or an override that matches no layer.
@@ -71,32 +74,53 @@ def place_quantizers(gm: fx.GraphModule, config: QuantConfig, leaf_modules: Sequ
     wanted = {n: config.bits_of(str(n.target), first=n in first, last=n in last) for n in nodes}
     wanted |= {n: config.bits_of(name, first=False, last=False) for n, name in products.items()}
 
-    readers: dict[fx.Node, list[fx.Node]] = {}
+    hardware = config.placement == "hardware"
+    needs: dict[fx.Node, list[int]] = {}  # producer -> bits that its readers ask for
+    read: dict[fx.Node, list[fx.Node]] = {}  # layer or product -> producers of what it reads
     for node in gm.graph.nodes:
         if node in wanted:
-            for source in dict.fromkeys(node.all_input_nodes):
-                readers.setdefault(source, []).append(node)
-    bits_of: dict[fx.Node, LayerBits] = {}
-    quantizers = set()
-    for producer, group in readers.items():
-        bits = max(wanted[node].act_bits for node in group)
+            read[node] = [origin(gm, s) if hardware else s for s in dict.fromkeys(node.all_input_nodes)]
+            for producer in read[node]:
+                needs.setdefault(producer, []).append(wanted[node].act_bits)
+    for producer in around_kernels(gm, list(wanted)) if hardware else ():
+        needs.setdefault(producer, []).append(config.act_bits)
+    inserted: dict[fx.Node, fx.Node] = {}
+    for producer, bits in needs.items():
         kind = LogQuantizer if config.softmax == "log2" and is_softmax(gm, producer) else ActQuantizer
-        quantizers.add(insert_quantizer(gm, producer, kind(bits, config.act_symmetric)))
-        bits_of.update({node: LayerBits(wanted[node].weight_bits, bits) for node in group})
+        inserted[producer] = insert_quantizer(gm, producer, kind(max(bits), config.act_symmetric))
     gm.recompile()
     fixed = {n for n in nodes if config.fixes(str(n.target), first=n in first, last=n in last)}
     # What a product reads too is not one layer's to choose.
-    fixed |= {n for n in nodes if any(reader in products for reader in n.all_input_nodes[0].users)}
-    layers = {node: bits_of[node] for node in nodes}
-    return Placement(gm, layers, products, frozenset(fixed), frozenset(quantizers))
+    shared = {producer for product in products for producer in read[product]}
+    fixed |= {n for n in nodes if shared.intersection(read[n])}
+    layers = {n: LayerBits(wanted[n].weight_bits, max(needs[read[n][0]])) for n in nodes}
+    reads = {n: str(inserted[read[n][0]].target) for n in nodes}
+    return Placement(gm, layers, products, frozenset(fixed), frozenset(inserted.values()), reads)
 
 
-def products_of_activations(gm: fx.GraphModule) -> list[fx.Node]:
-    """The nodes that multiply two matrices which both depend on the image."""
+def around_kernels(gm: fx.GraphModule, layers: Sequence[fx.Node]) -> list[fx.Node]:
+    """Producers of what integer kernels read and give, but for the network's output."""
+    dependent = depends_on_image(gm)
+    others = kernels(gm, dependent)
+    found = [origin(gm, s) for node in others for s in node.all_input_nodes if s in dependent]
+    found += [result(gm, node) for node in (*layers, *others)]
+    returned = {origin(gm, node) for node in gm.graph.output_node().all_input_nodes}
+    kinds = node_kinds(gm)
+    return [node for node in dict.fromkeys(found) if kinds[node] == "tensor" and node not in returned]
+
+
+def depends_on_image(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes whose value follows from the image."""
     dependent: set[fx.Node] = set()
     for node in gm.graph.nodes:
         if node.op == "placeholder" or any(source in dependent for source in node.all_input_nodes):
             dependent.add(node)
+    return dependent
+
+
+def products_of_activations(gm: fx.GraphModule) -> list[fx.Node]:
+    """The nodes that multiply two matrices which both depend on the image."""
+    dependent = depends_on_image(gm)
     return [
         node
         for node in gm.graph.nodes

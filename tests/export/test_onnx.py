@@ -74,6 +74,26 @@ def test_the_file_does_what_the_simulation_does(
     assert len(described["teacher_sha256"]) == 64
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_with_hardware_placement_integer_kernels_do_the_work(tmp_path: Path, bits: int) -> None:
+    import onnxruntime
+
+    quant = QuantConfig(bits, 8, placement="hardware", weight_symmetric=True)
+    module = fitted(tmp_path, quant)
+    path, optimised = tmp_path / "model.onnx", tmp_path / "optimised.onnx"
+    report = ptq.export_onnx(module, path)
+    assert report.passed, report.text()
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(optimised), 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    ops = [node.op_type for node in onnx.load(str(optimised)).graph.node]
+    if bits == 8:
+        assert ops.count("QLinearConv") == 5
+        assert ops.count("QLinearAdd") == 2
+        assert "Conv" not in ops
+
+
 def test_any_number_of_images_goes_in(tmp_path: Path) -> None:
     module = fitted(tmp_path, QuantConfig(4, 4))
     path = tmp_path / "model.onnx"
@@ -158,7 +178,7 @@ def test_export_from_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert output.exists()
     with pytest.raises(PTQError, match="exists and is kept"):
         main(args)
-    monkeypatch.setattr("lightning_ptq.export.passes", lambda agreement, sqnr: False)
+    monkeypatch.setattr("lightning_ptq.export.passes", lambda *measured: False)
     with pytest.raises(SystemExit) as stopped:
         main([*args, "--overwrite=true"])
     assert stopped.value.code == 1
