@@ -4,7 +4,7 @@ from lightning_ptq.augment import Augmentation
 from lightning_ptq.config import QuantConfig
 from lightning_ptq.datamodule import CalibrationDataModule, CIFAR10Data, DigitsData, ImageFolderData
 from lightning_ptq.errors import PTQError
-from lightning_ptq.export import ParityReport, export_onnx, load_packed, save_packed
+from lightning_ptq.export import ParityReport, export_onnx, export_pt2, load_packed, save_packed
 from lightning_ptq.losses import ContrastiveConfig, Term, UnitBatch
 from lightning_ptq.methods import Method
 from lightning_ptq.module import PTQModule
@@ -26,6 +26,7 @@ __all__ = [
     "Term",
     "UnitBatch",
     "export_onnx",
+    "export_pt2",
     "load_packed",
     "save_packed",
 ]

@@ -21,7 +21,7 @@ from lightning_ptq.checks import check_run_folder
 from lightning_ptq.datamodule import CalibrationDataModule
 from lightning_ptq.eight_bits import eight_bits, images_to_try
 from lightning_ptq.errors import PTQError
-from lightning_ptq.export import export_onnx, save_packed
+from lightning_ptq.export import export_onnx, export_pt2, save_packed
 from lightning_ptq.front import front_data, front_text, pareto_front, plot_front
 from lightning_ptq.module import PTQModule
 from lightning_ptq.plan import plan_text
@@ -159,11 +159,11 @@ class Trainer(L.Trainer):
         output: str = "model.onnx",
         overwrite: bool = False,
     ) -> None:
-        """Write the quantized network as an ONNX model, compared with the simulation, or as a packed checkpoint.
+        """Write the quantized network: as ONNX model or PyTorch program, compared with the simulation, or packed.
 
         Args:
             ckpt_path: a finished fit's checkpoint.
-            output: the file to write: .onnx, or .ptq for a packed checkpoint.
+            output: the file to write: .onnx, .pt2, or .ptq for a packed checkpoint.
             overwrite: replace a file that is there.
 
         Exits with code 1 if the exported model does not do what the simulation does.
@@ -171,8 +171,8 @@ class Trainer(L.Trainer):
         assert isinstance(model, PTQModule)
         if ckpt_path is None or datamodule is None:
             raise PTQError("export needs a finished fit: give its config with --config and --ckpt_path.")
-        if Path(output).suffix not in (".onnx", ".ptq"):
-            raise PTQError(f"output={output!r} names no format. Let it end in .onnx or .ptq.")
+        if Path(output).suffix not in (".onnx", ".pt2", ".ptq"):
+            raise PTQError(f"output={output!r} names no format. Let it end in .onnx, .pt2 or .ptq.")
         restore(model, ckpt_path)
         if Path(output).suffix == ".ptq":
             sizes = save_packed(model, output, overwrite=overwrite)
@@ -181,7 +181,8 @@ class Trainer(L.Trainer):
             return
         datamodule.prepare_data()
         datamodule.setup("fit")
-        report = export_onnx(model, output, datamodule.calibration_images(), overwrite=overwrite)
+        export = export_pt2 if Path(output).suffix == ".pt2" else export_onnx
+        report = export(model, output, datamodule.calibration_images(), overwrite=overwrite)
         print(report.text())
         if not report.passed:
             sys.exit(1)

@@ -6,6 +6,7 @@ the ONNX exporter and PyTorch's int8 lowering know.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ _CONVOLUTIONS = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
 
 @torch.no_grad()
 def convert(student: Chain, every_unit: bool = False) -> fx.GraphModule:
-    """The integer model of a calibrated student, on the CPU; it shares nothing with it but what is not quantized.
+    """The integer model of a calibrated student, on the CPU; it shares nothing with it.
 
     Weights are int8 or uint8 whatever their bits, within their own range; biases stay float32. Activations have the
     scales that were learned. A quantize operation multiplies by 1 / scale where the student divides by the scale: what
@@ -87,11 +88,12 @@ def add_unit(graph: fx.Graph, attributes: dict[str, Any], unit: fx.GraphModule, 
             elif isinstance(module, Pack):
                 copies[node] = module.structured(read)
             else:
-                attributes[str(node.target)] = module
+                attributes[str(node.target)] = deepcopy(module).cpu()
                 copies[node] = graph.node_copy(node, copies.__getitem__)
         else:
             if node.op == "get_attr":
-                attributes[str(node.target)] = attribute_of(unit, str(node.target))
+                value = attribute_of(unit, str(node.target))
+                attributes[str(node.target)] = value.detach().cpu().clone() if isinstance(value, Tensor) else value
             copies[node] = graph.node_copy(node, copies.__getitem__)
     raise AssertionError("a graph has an output node")
 

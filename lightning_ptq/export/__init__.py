@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from lightning_ptq.errors import PTQError
 from lightning_ptq.export.check import check_exportable, describe
-from lightning_ptq.export.onnx import onnx_model, require
+from lightning_ptq.export.onnx import load_onnx, onnx_model, require, save_onnx
 from lightning_ptq.export.packed import load_packed, save_packed
-from lightning_ptq.export.parity import ParityReport, compare_outputs, first_difference, passes, size_of
+from lightning_ptq.export.parity import ParityReport, compare_outputs, first_difference, passes
+from lightning_ptq.export.pt2 import load_pt2, save_pt2
 
 if TYPE_CHECKING:
     from lightning_ptq.module import PTQModule
 
-__all__ = ["ParityReport", "export_onnx", "load_packed", "save_packed"]
+__all__ = ["ParityReport", "export_onnx", "export_pt2", "load_packed", "save_packed"]
 
 # Images that tell which unit differs.
 _LOOKED_AT = 16
+# Writes the network, or each unit's output, to a file; and what runs such a file.
+Write = Callable[[Path, bool], None]
+Load = Callable[[Path], Callable[[Tensor], Sequence[Tensor]]]
 
 
 def export_onnx(
     module: PTQModule, path: str | Path, images: Tensor | None = None, *, overwrite: bool = False
 ) -> ParityReport:
-    """Write a calibrated module's student as an ONNX model, run both, and say whether they agree.
+    """Write a calibrated module's student as an ONNX model, run it in ONNX Runtime, and say whether the two agree.
 
     The file is written in any case; what does not pass names the unit where the two part.
 
@@ -39,28 +43,59 @@ def export_onnx(
         PTQError: a missing package, a file that exists, a module that is not fully calibrated or holds what is for
             simulation only, no images, or an operation that ONNX can't express.
     """
-    path = Path(path)
     require("onnx", "onnxscript", "onnxruntime")
+    metadata = describe(module)
+
+    def write(to: Path, every_unit: bool) -> None:
+        save_onnx(onnx_model(module.student, shape, metadata, every_unit), to)
+
+    path, images = prepare(module, Path(path), images, overwrite)
+    shape = tuple(images.shape[1:])
+    return written_and_compared(module, path, images, write, load_onnx)
+
+
+def export_pt2(
+    module: PTQModule, path: str | Path, images: Tensor | None = None, *, overwrite: bool = False
+) -> ParityReport:
+    """Write a calibrated module's student as an exported program of PyTorch, run it, and say whether the two agree.
+
+    Who loads it with `torch.export.load` imports `lightning_ptq.convert` first, which registers the operations.
+    Arguments and errors as those of `export_onnx`.
+    """
+
+    def write(to: Path, every_unit: bool) -> None:
+        save_pt2(module.student, shape, to, every_unit)
+
+    path, images = prepare(module, Path(path), images, overwrite)
+    shape = tuple(images.shape[1:])
+    return written_and_compared(module, path, images, write, load_pt2)
+
+
+def prepare(module: PTQModule, path: Path, images: Tensor | None, overwrite: bool) -> tuple[Path, Tensor]:
+    """Check what is to be exported; the images to compare on."""
     check_exportable(module, path, overwrite)
     images = calibration_images(module) if images is None else module.checked(images)
-    shape, metadata = tuple(images.shape[1:]), describe(module)
-    was_training, device = module.training, module.device
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path, images
+
+
+def written_and_compared(module: PTQModule, path: Path, images: Tensor, write: Write, load: Load) -> ParityReport:
+    """Write the student, load the file again and compare the two."""
+    was_training = module.training
     module.eval()
     try:
-        model = onnx_model(module.student, shape, metadata)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(model, path)
-        agreement, sqnr_db, largest = compare_outputs(module.student, lambda x: run_onnx(path, x)[0], images)
+        write(path, False)
+        run = load(path)
+        agreement, sqnr_db, largest = compare_outputs(module.student, lambda x: run(x)[0], images)
         passed, unit = passes(agreement, sqnr_db, module.quant.placement == "hardware"), None
         if not passed:
-            apart = path.with_name(f".{path.name}.units")
-            save(onnx_model(module.student, shape, {}, every_unit=True), apart)
-            few = images[:_LOOKED_AT]
-            unit = first_difference(module.student, run_onnx(apart, few), few)
+            apart, few = path.with_name(f".{path.stem}.units{path.suffix}"), images[:_LOOKED_AT]
+            write(apart, True)
+            unit = first_difference(module.student, load(apart)(few), few)
             apart.unlink()
     finally:
-        module.train(was_training).to(device)
-    return ParityReport(str(path), size_of(path), len(images), agreement, sqnr_db, largest, passed, unit)
+        module.train(was_training)
+    return ParityReport(str(path), path.stat().st_size, len(images), agreement, sqnr_db, largest, passed, unit)
 
 
 def calibration_images(module: PTQModule) -> Tensor:
@@ -69,23 +104,3 @@ def calibration_images(module: PTQModule) -> Tensor:
     if data is None:
         raise PTQError("parity needs images, and this module has no datamodule. Give images=..., (N, C, H, W).")
     return module.checked(data.calibration_images())
-
-
-def save(model: Any, path: Path) -> None:
-    """Write an ONNX model to a temporary file and rename it."""
-    import onnx
-
-    temporary = path.with_name(f".{path.name}.tmp")
-    onnx.save(model, str(temporary))
-    temporary.replace(path)
-
-
-def run_onnx(path: Path, images: Tensor) -> list[Tensor]:
-    """What ONNX Runtime, on the CPU, makes of `images` (N, C, H, W)."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return [torch.from_numpy(output) for output in session.run(None, {name: images.cpu().numpy()})]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from lightning_ptq.convert import OPS, container, convert
 from lightning_ptq.errors import PTQError
@@ -75,7 +76,7 @@ def clip_small_grids(model: fx.GraphModule) -> None:
     model.recompile()
 
 
-def _exported(model: fx.GraphModule, images: torch.Tensor, names: Sequence[str]) -> ModelProto:
+def _exported(model: fx.GraphModule, images: Tensor, names: Sequence[str]) -> ModelProto:
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # the exporter logs what it tries
     try:
@@ -171,3 +172,23 @@ def clips_as_bounds(model: ModelProto, grids: set[tuple[float, int]]) -> None:
             nodes.append(node)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+
+
+def save_onnx(model: ModelProto, path: Path) -> None:
+    """Write an ONNX model to a temporary file and rename it."""
+    import onnx
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    onnx.save(model, str(temporary))
+    temporary.replace(path)
+
+
+def load_onnx(path: Path) -> Callable[[Tensor], Sequence[Tensor]]:
+    """What runs an ONNX model in ONNX Runtime, on the CPU: images (N, C, H, W) -> outputs."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: [torch.from_numpy(y) for y in session.run(None, {name: images.cpu().numpy()})]

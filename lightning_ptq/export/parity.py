@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,9 +97,3 @@ def first_difference(student: Chain, outputs: Sequence[Tensor], images: Tensor) 
         if sqnr < least:
             worst, least = name, sqnr
     return worst
-
-
-def size_of(path: Path) -> int:
-    """Bytes of an exported file, and of the data beside it if there is any."""
-    beside = path.with_name(f"{path.name}.data")
-    return path.stat().st_size + (beside.stat().st_size if beside.exists() else 0)

@@ -13,7 +13,7 @@ from torch import nn
 import lightning_ptq as ptq
 from lightning_ptq import PTQError, QuantConfig
 from lightning_ptq.cli import main
-from lightning_ptq.export import run_onnx
+from lightning_ptq.export.onnx import load_onnx
 from tests.helpers import tiny_data, tiny_images, tiny_module, trainer
 
 onnx = pytest.importorskip("onnx")
@@ -102,7 +102,7 @@ def test_any_number_of_images_goes_in(tmp_path: Path) -> None:
         x = tiny_images(count, seed=9)
         with torch.no_grad():
             expected = module.eval()(x)
-        torch.testing.assert_close(run_onnx(path, x)[0], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(load_onnx(path)(x)[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_file_that_differs_is_found_out_and_the_unit_named(tmp_path: Path, monkeypatch: Any) -> None:
@@ -176,6 +176,9 @@ def test_export_from_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[
     main(args)
     assert "512 images: 100.00 % of classes agree" in capsys.readouterr().out
     assert output.exists()
+    main([*args[:-1], f"--output={tmp_path / 'digits.pt2'}"])
+    assert "digits.pt2: " in (said := capsys.readouterr().out)
+    assert "100.00 % of classes agree" in said
     with pytest.raises(PTQError, match="exists and is kept"):
         main(args)
     monkeypatch.setattr("lightning_ptq.export.passes", lambda *measured: False)
@@ -186,7 +189,7 @@ def test_export_from_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[
     packed = tmp_path / "digits.ptq"
     main(["export", "--config", str(config), f"--ckpt_path={checkpoint}", f"--output={packed}"])
     assert f"digits.ptq: {packed.stat().st_size:,} bytes (weights " in capsys.readouterr().out
-    with pytest.raises(PTQError, match=r"Let it end in .onnx or .ptq"):
+    with pytest.raises(PTQError, match=r"Let it end in .onnx, .pt2 or .ptq"):
         main([*args[:-1], "--output=digits.pt"])
     with pytest.raises(PTQError, match="export needs a finished fit"):
         main(["export", "--config", str(config)])
