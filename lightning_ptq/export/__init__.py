@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,7 @@ def export_onnx(
 
     path, images = prepare(module, Path(path), images, overwrite)
     shape = tuple(images.shape[1:])
-    return written_and_compared(module, path, images, write, load_onnx)
+    return written_and_compared(module, path, images, write, load_onnx, partial(load_onnx, optimised=False))
 
 
 def export_pt2(
@@ -79,23 +80,30 @@ def prepare(module: PTQModule, path: Path, images: Tensor | None, overwrite: boo
     return path, images
 
 
-def written_and_compared(module: PTQModule, path: Path, images: Tensor, write: Write, load: Load) -> ParityReport:
-    """Write the student, load the file again and compare the two."""
+def written_and_compared(
+    module: PTQModule, path: Path, images: Tensor, write: Write, load: Load, plain: Load | None = None
+) -> ParityReport:
+    """Write the student, load the file again and compare the two; `plain` loads it without optimisations."""
     was_training = module.training
     module.eval()
     try:
         write(path, False)
         run = load(path)
         agreement, sqnr_db, largest = compare_outputs(module.student, lambda x: run(x)[0], images)
-        passed, unit = passes(agreement, sqnr_db, module.quant.placement == "hardware"), None
+        passed, plain_db, unit = passes(agreement, sqnr_db), None, None
+        if not passed and plain is not None:
+            as_written = plain(path)
+            plain_agreement, plain_db, _ = compare_outputs(module.student, lambda x: as_written(x)[0], images)
+            passed = passes(plain_agreement, plain_db) and passes(agreement, sqnr_db, optimised=True)
         if not passed:
             apart, few = path.with_name(f".{path.stem}.units{path.suffix}"), images[:_LOOKED_AT]
             write(apart, True)
-            unit = first_difference(module.student, load(apart)(few), few)
+            unit = first_difference(module.student, (plain or load)(apart)(few), few)
             apart.unlink()
     finally:
         module.train(was_training)
-    return ParityReport(str(path), path.stat().st_size, len(images), agreement, sqnr_db, largest, passed, unit)
+    size = path.stat().st_size
+    return ParityReport(str(path), size, len(images), agreement, sqnr_db, largest, passed, plain_db, unit)
 
 
 def calibration_images(module: PTQModule) -> Tensor:

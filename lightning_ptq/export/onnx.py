@@ -183,12 +183,14 @@ def save_onnx(model: ModelProto, path: Path) -> None:
     temporary.replace(path)
 
 
-def load_onnx(path: Path) -> Callable[[Tensor], Sequence[Tensor]]:
-    """What runs an ONNX model in ONNX Runtime, on the CPU: images (N, C, H, W) -> outputs."""
+def load_onnx(path: Path, optimised: bool = True) -> Callable[[Tensor], Sequence[Tensor]]:
+    """What runs an ONNX model in ONNX Runtime, on the CPU: images (N, C, H, W) -> outputs; or as it is written."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
+    if not optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda images: [torch.from_numpy(y) for y in session.run(None, {name: images.cpu().numpy()})]

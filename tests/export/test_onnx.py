@@ -123,6 +123,19 @@ def test_a_file_that_differs_is_found_out_and_the_unit_named(tmp_path: Path, mon
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+def test_ties_of_faster_kernels_are_told_from_errors(tmp_path: Path, monkeypatch: Any) -> None:
+    module = fitted(tmp_path, QuantConfig(8, 8))
+    import lightning_ptq.export as package
+
+    measured = iter([(99.0, 35.0, 0.1), (100.0, 120.0, 0.0), (98.0, 35.0, 0.1), (100.0, 120.0, 0.0)])
+    monkeypatch.setattr(package, "compare_outputs", lambda *args: next(measured))
+    path = tmp_path / "model.onnx"
+    ties, errors = (ptq.export_onnx(module, path, tiny_images(4), overwrite=True) for _ in range(2))
+    assert ties.passed
+    assert "120.0 dB without the runtime's optimisations: as simulated, but for ties" in ties.text()
+    assert not errors.passed
+
+
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     fresh = tiny_module()
@@ -181,7 +194,7 @@ def test_export_from_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "100.00 % of classes agree" in said
     with pytest.raises(PTQError, match="exists and is kept"):
         main(args)
-    monkeypatch.setattr("lightning_ptq.export.passes", lambda *measured: False)
+    monkeypatch.setattr("lightning_ptq.export.passes", lambda *measured, **how: False)
     with pytest.raises(SystemExit) as stopped:
         main([*args, "--overwrite=true"])
     assert stopped.value.code == 1

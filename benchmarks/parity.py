@@ -1,0 +1,93 @@
+"""Does an exported model do what the simulation did? `python -m benchmarks.parity --root FOLDER`.
+
+ResNet-20 with its trained weights at four settings, and networks of torchvision, untrained but with the batch-norm
+statistics of real images, at 8 bits: rounded to nearest, exported to ONNX and to a program of PyTorch, run on other
+images. Printed are the classes that agree with the simulation, the signal-to-noise ratio, the file's size relative to
+that of the float network, and the seconds and the peak memory of the export (each row is a process of its own).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lightning_ptq as ptq
+from benchmarks.census import random_model
+from benchmarks.common import DEFAULT_ROOT, calibrate, trained
+from benchmarks.eight_bits import crops, settle
+
+ROWS = [
+    *(("resnet20", bits, "paper") for bits in ("w4a4", "w3a3", "w2a4", "w2a2", "w8a8")),
+    ("resnet20", "w8a8", "hardware"),
+    *((name, "w8a8", "paper") for name in ("resnet18", "mobilenet_v2", "efficientnet_b0", "vit_b_16", "resnet50")),
+    ("resnet18", "w8a8", "hardware"),
+]
+
+
+def network(name: str, root: Path, images: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """(network, images to calibrate with, other images)."""
+    if name == "resnet20":
+        data = ptq.ImageFolderData(str(root), resize=None, crop=None, calibration_samples=1024 + 256, seed=0)
+        data.setup("fit")
+        drawn = data.calibration_images()
+        return trained(name, root), drawn[:256], drawn[256:]
+    model = random_model(name)
+    settle(model, crops(images, 224, seed=1))
+    return model, crops(images, 224, seed=1), crops(images, 224, seed=2)
+
+
+def go(name: str, bits: str, placement: Any, root: Path, images: int) -> str:
+    """The row of one network."""
+    warnings.simplefilter("ignore")
+    model, seen, others = network(name, root, images)
+    quant = ptq.QuantConfig(int(bits[1]), int(bits[3]), placement=placement, weight_symmetric=placement == "hardware")
+    module = ptq.PTQModule(model, quant, "nearest", batch_size=8, seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        data = ptq.CalibrationDataModule.from_loaders([seen], calibration_samples=len(seen))
+        calibrate(module, data, folder)
+        torch.save(model.state_dict(), Path(folder, "float.pt"))
+        told = []
+        for kind, export in (("onnx", ptq.export_onnx), ("pt2", ptq.export_pt2)):
+            start = time.monotonic()
+            report = export(module, Path(folder, f"model.{kind}"), others)
+            ratio = report.size / Path(folder, "float.pt").stat().st_size
+            told.append(
+                f"{report.agreement:>8.2f} {report.sqnr_db:>7.1f} {ratio:>6.3f} {time.monotonic() - start:>6.1f}"
+            )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return f"{name:<16} {bits} {placement:<9} {len(others):>6} " + "  |".join(told) + f"  |{peak:>6.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=Path(DEFAULT_ROOT), help="folder with calib/, val/ and teachers/")
+    parser.add_argument("--images", type=int, default=64, help="photos' crops for torchvision's networks")
+    parser.add_argument("--models", nargs="+", help="only these")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(go(*json.loads(args.one), args.root, args.images))
+        return
+    columns = " agree %    SQNR   size    s"
+    print(f"{'':<16} {'':<4} {'':<9} images ONNX:{columns}  | .pt2:{columns}  | GiB")
+    for row in ROWS:
+        if not args.models or row[0] in args.models:
+            options = ["--root", str(args.root), "--images", str(args.images), "--one", json.dumps(row)]
+            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.parity", *options]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            print(done.stdout.splitlines()[-1] if done.returncode == 0 else f"{row}: {done.stderr[-500:]}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
