@@ -7,7 +7,9 @@ import sys
 import warnings
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import lightning as L
@@ -54,7 +56,10 @@ def build_model(name: str, weights: str | None = None) -> nn.Module:
 
         named = weights if weights is not None and not Path(weights).exists() else None
         try:
-            return torchvision.models.get_model(name, weights=named)  # type: ignore[no-any-return]
+            # Detectors and segmentation networks would download their backbone's weights.
+            takes = signature(torchvision.models.get_model_builder(name)).parameters
+            own = {"weights_backbone": None} if named is None and "weights_backbone" in takes else {}
+            return torchvision.models.get_model(name, weights=named, **own)  # type: ignore[no-any-return]
         except (ValueError, KeyError) as error:
             raise PTQError(
                 f"model={name!r} with weights={weights!r}: {error}. Name a model and weights of torchvision, "
@@ -238,6 +243,14 @@ class PTQCLI(LightningCLI):
         return LightningCLI.subcommands() | {
             name: {"model", "datamodule"} for name in ("plan", "sensitivity", "export")
         }
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning looks for settings in the checkpoint, and raises whatever a damaged one makes torch raise."""
+        try:
+            super()._parse_ckpt_path()
+        except (OSError, RuntimeError, KeyError, ValueError, EOFError, UnpicklingError) as error:
+            path = self.config[self.config.subcommand].ckpt_path
+            raise PTQError(f"ckpt_path={path!r} can't be read: {error}. Give a fit's checkpoints/last.ckpt.") from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The model is told what images it will see: `torch.export` needs to know."""

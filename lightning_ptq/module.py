@@ -47,6 +47,7 @@ from lightning_ptq.methods import (
 )
 from lightning_ptq.network import NETWORK
 from lightning_ptq.optimizer import optimizer_of
+from lightning_ptq.plan import unit_shapes
 from lightning_ptq.quantizers import forget_ranges
 from lightning_ptq.seeds import mixed_seed
 from lightning_ptq.selection import select
@@ -239,6 +240,9 @@ class PTQModule(Evaluation):
             return
         check_trainer(self.trainer)
         check_device(self.trainer.strategy.root_device)
+        shape = self.trainer.datamodule.image_shape  # type: ignore[attr-defined]
+        if shape is not None and self.surroundings is None:
+            unit_shapes(self.teacher, tuple(shape))  # images that the network can't take are refused here
         # Both networks are frozen in eval mode on purpose.
         warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode", PossibleUserWarning)
         if self.trainer.strategy.root_device.type == "cpu":
@@ -358,12 +362,20 @@ class PTQModule(Evaluation):
             raise PTQError(
                 "the checkpoint belongs to a model with other weights. Give the weights that it was calibrated from."
             )
-        if self._trainer is not None and self.trainer.state.fn == "fit":
+        fits = self._trainer is not None and self.trainer.state.fn == "fit"
+        if fits:
             check_same(saved["settings"], self._settings(), "calibration setting")
         else:  # weights of loss terms: they say nothing to who only uses the network, with whatever terms
             live = {key: value for key, value in self.state_dict().items() if key.endswith(".ratio_sums")}
             checkpoint["state_dict"].update(live)
         self.session.load_state(saved["session"])
+        left = len(self.epoch_names) - len(self.session.reports)
+        if left and not fits:
+            warnings.warn(
+                f"calibration is not finished: {left} of {len(self.epoch_names)} epochs are left, and what was not "
+                "calibrated may do worse than rounding to nearest. Go on with fit and ckpt_path.",
+                stacklevel=2,
+            )
         checkpoint["state_dict"].update({k: v for k, v in self.state_dict().items() if k.startswith(_FROZEN)})
 
     # ---- steps ----

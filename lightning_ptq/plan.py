@@ -30,7 +30,8 @@ def unit_shapes(chain: Chain, image_shape: tuple[int, ...]) -> list[tuple[int, .
             except (RuntimeError, ValueError, TypeError, AssertionError) as error:
                 raise PTQError(
                     f"images of shape {tuple(image_shape)} do not fit the model: unit {name!r} fails on its input "
-                    f"{shapes[-1]}: {error}. Set data.resize and data.crop to what the model was trained on."
+                    f"{shapes[-1]}: {error}. Give images of the size (data.resize, data.crop) and with the channels "
+                    "that the model was trained on."
                 ) from None
             shapes.append(tuple(x.shape[1:]))
     return shapes

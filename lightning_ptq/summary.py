@@ -83,6 +83,7 @@ def summarize(module: PTQModule, trainer: L.Trainer, metrics: dict[str, float]) 
         "part": None if module.surroundings is None else module.surroundings.part,
         "method": module.method_name,
         "contrastive": module.contrastive,
+        "corrected_biases": module.method.corrects_biases,
         "weight_bits": module.quant.weight_bits,
         "act_bits": module.quant.act_bits,
         "average_bits": module.quant.average_bits,
@@ -121,6 +122,13 @@ def overfit_gap(calibration: float | None, validation: float | None) -> float | 
     return None if calibration is None or validation is None else calibration - validation
 
 
+def method_title(summary: dict[str, Any]) -> str:
+    """What was done to the student."""
+    if summary["contrastive"]:
+        return f"{summary['method']} + contrastive"
+    return "nearest + corrected biases" if summary["corrected_biases"] else str(summary["method"])
+
+
 def table(summary: dict[str, Any]) -> str:
     """The result as text: one row each for teacher, round-to-nearest and calibrated student."""
 
@@ -132,8 +140,7 @@ def table(summary: dict[str, Any]) -> str:
     rows = [
         ("teacher, float32", summary["teacher_top1"], 100.0 if summary["teacher_agreement"] is not None else None),
         (f"nearest, {bits}", summary["nearest_top1"], summary["nearest_agreement"]),
-        (f"{summary['method']}{' + contrastive' if summary['contrastive'] else ''}, {bits}", summary["student_top1"],
-         summary["teacher_agreement"]),
+        (f"{method_title(summary)}, {bits}", summary["student_top1"], summary["teacher_agreement"]),
     ]  # fmt: skip
     width = max(len(name) for name, *_ in rows)
     lines = [f"{'':{width}} {'top-1 %':>9} {'agreement with the teacher %':>30}"]

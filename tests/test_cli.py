@@ -18,7 +18,7 @@ import torch
 import torchvision
 
 from lightning_ptq import DigitsData, PTQError
-from lightning_ptq.cli import load_weights, main
+from lightning_ptq.cli import build_model, load_weights, main
 from lightning_ptq.models import digits_net, resnet20
 
 ROOT = Path(__file__).parents[1]
@@ -391,3 +391,20 @@ def test_weights_that_cannot_be_downloaded_are_named(tmp_path: Path, monkeypatch
 def test_a_checkpoint_that_is_not_there_is_named_before_anything_is_built(command: str) -> None:
     with pytest.raises(PTQError, match=r"ckpt_path='gone/last\.ckpt' is no file, seen from"):
         main([command, "--config", "configs/quickstart.yaml", "--ckpt_path", "gone/last.ckpt"])
+
+
+def test_a_damaged_checkpoint_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "damaged.ckpt").write_text("hi\n")
+    with pytest.raises(PTQError, match=r"damaged.ckpt' can't be read.*Give a fit's checkpoints/last.ckpt"):
+        quickstart(tmp_path / "run", f"--ckpt_path={tmp_path / 'damaged.ckpt'}")
+
+
+def test_networks_with_a_backbone_of_their_own_are_built_without_a_download() -> None:
+    network = build_model("lraspp_mobilenet_v3_large")
+    assert type(network).__name__ == "LRASPP"
+
+
+def test_images_with_other_channels_are_refused_in_one_sentence(tmp_path: Path, weights: Path) -> None:
+    with pytest.raises(PTQError, match=r"images of shape \(1, 8, 8\) do not fit the model: unit 'conv1'.*channels"):
+        main(["fit", "--model.model=lightning_ptq.models.resnet20", f"--model.weights={weights}",
+              "--data=lightning_ptq.DigitsData", f"--trainer.default_root_dir={tmp_path / 'run'}"])  # fmt: skip

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 def check_exportable(module: PTQModule, path: Path, overwrite: bool) -> None:
     """Raise `PTQError` for what can't be exported, or not to `path`."""
+    if module.surroundings is not None:
+        raise PTQError(
+            "a model of which only a part is quantized, such as a detector, can't be exported yet. Use it from Python: "
+            "PTQModule.load_from_checkpoint."
+        )
     if path.exists() and not overwrite:
         raise PTQError(f"{str(path)!r} exists and is kept. Give another path, or overwrite=True (--overwrite true).")
     check_convertible(module.student)
@@ -27,8 +32,6 @@ def check_exportable(module: PTQModule, path: Path, overwrite: bool) -> None:
             f"calibration is not finished: {', '.join(map(repr, left[:6]))}{', ...' if len(left) > 6 else ''} "
             "are left. Go on with fit and ckpt_path."
         )
-    if module.surroundings is not None:
-        raise PTQError("a part of a model can't be exported yet: its output is packed. Export the model as a whole.")
 
 
 def describe(module: PTQModule) -> dict[str, Any]:
