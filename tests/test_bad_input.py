@@ -165,7 +165,7 @@ def test_weights_that_overflow_are_refused_and_the_unit_named(tmp_path: Path) ->
 
 
 def test_images_with_other_channels_name_the_unit_and_the_shape(tmp_path: Path) -> None:
-    with pytest.raises(PTQError, match=r"unit 'stem' can't take an input of shape \(40, 1, 8, 8\)"):
+    with pytest.raises(PTQError, match=r"images of shape \(1, 8, 8\) do not fit the model: unit 'stem'"):
         trainer(tmp_path).fit(tiny_module(), datamodule=data_of(tiny_images()[:, :1]))
 
 
