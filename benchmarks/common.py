@@ -71,11 +71,11 @@ class Yardstick:
 
 
 def commit() -> str:
-    """Short hash of the checkout that runs, with a mark if anything but the benchmarks' rows was changed since."""
+    """Short hash of the checkout that runs, with a mark if anything but rows and what is made of them was changed."""
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=folder, check=False)
 
-    changed = git("diff", "--quiet", "HEAD", "--", ":/", ":(exclude,top)benchmarks/*.csv").returncode
+    changed = git("diff", "--quiet", "HEAD", "--", ":/", ":(exclude,top)benchmarks/*.csv", ":(exclude,top)docs").returncode
     return git("rev-parse", "--short", "HEAD").stdout.strip() + "-dirty" * bool(changed)
