@@ -77,5 +77,7 @@ def commit() -> str:
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=folder, check=False)
 
-    changed = git("diff", "--quiet", "HEAD", "--", ":/", ":(exclude,top)benchmarks/*.csv", ":(exclude,top)docs").returncode
+    changed = git(
+        "diff", "--quiet", "HEAD", "--", ":/", ":(exclude,top)benchmarks/*.csv", ":(exclude,top)docs"
+    ).returncode
     return git("rev-parse", "--short", "HEAD").stdout.strip() + "-dirty" * bool(changed)
