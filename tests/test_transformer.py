@@ -89,7 +89,7 @@ class Dense(nn.Module):
 def test_a_dense_output_is_calibrated_and_judged_pixel_by_pixel(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Dense().eval()
-    module = module_of(model)
+    module = module_of(model, steps_per_unit=200)
     trainer(tmp_path).fit(module, datamodule=data_of(model, lambda y: y["out"]))
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert module(tiny_images(2)).shape == (2, 5, 8, 8)
