@@ -169,8 +169,13 @@ def carries_sizes(gm: fx.GraphModule) -> bool:
 
 def likely_image_shape(model: nn.Module) -> tuple[int, int, int]:
     """(C, H, W) that a model says it is for; 224 pixels if it says nothing."""
+    config = getattr(model, "default_cfg", None)
+    told = config.get("input_size") if isinstance(config, dict) else None
     layers = (module for module in model.modules() if isinstance(module, _ConvNd))
     channels = next((layer.in_channels for layer in layers), 3)
+    # Squares of pixels may have been stacked as channels before the first convolution.
+    if told and channels in {int(told[0]) * side**2 for side in range(2, 9)}:
+        channels = int(told[0])
     for owner in (model, getattr(model, "patch_embed", None)):
         for name in ("image_size", "img_size"):
             size = getattr(owner, name, None)
@@ -178,6 +183,4 @@ def likely_image_shape(model: nn.Module) -> tuple[int, int, int]:
                 return channels, size, size
             if isinstance(size, tuple | list) and len(size) == 2:
                 return channels, int(size[0]), int(size[1])
-    config = getattr(model, "default_cfg", None)
-    size = config.get("input_size") if isinstance(config, dict) else None
-    return (channels, int(size[-2]), int(size[-1])) if size else (channels, 224, 224)
+    return (channels, int(told[-2]), int(told[-1])) if told else (channels, 224, 224)

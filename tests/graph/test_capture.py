@@ -250,3 +250,10 @@ def test_no_device_is_baked_in():
     x = torch.randn(3, 3, 8, 8)
     torch.testing.assert_close(pair.student(x), model(x))
     assert pair.student.to("meta")(x.to("meta")).shape == (3, 5)  # a device of another kind
+
+
+def test_a_model_that_says_what_images_it_is_for_is_believed() -> None:
+    model = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(48, 8, 3))
+    assert likely_image_shape(model) == (48, 224, 224)
+    model.default_cfg = {"input_size": (3, 160, 128)}  # as timm's have it
+    assert likely_image_shape(model) == (3, 160, 128)
