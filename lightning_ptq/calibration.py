@@ -26,6 +26,11 @@ RANGE_IMAGES = 256
 Gather = Callable[[Tensor], Iterable[Tensor]]
 
 
+def alone(x: Tensor) -> Tensor:
+    """`Gather` for one process: `x`, stacked (1, ...)."""
+    return x[None]
+
+
 @dataclass(frozen=True)
 class UnitReport:
     """What calibration did to one unit, on the images that judge it: those held out, if any.

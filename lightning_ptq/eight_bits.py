@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_ptq.cache import run_chunked
-from lightning_ptq.calibration import estimate_ranges
+from lightning_ptq.calibration import alone, estimate_ranges
 from lightning_ptq.config import QuantConfig
 from lightning_ptq.equalize import equalize
 from lightning_ptq.errors import PTQError
@@ -74,13 +74,13 @@ def eight_bits(chains: ChainPair, images: Tensor, quant: QuantConfig, device: to
     teacher, student = chains.teacher, chains.student
     if any(q.enabled for q in weight_quantizers(student)):
         raise PTQError("eight bits are tried before calibration, and this network has ranges already.")
-    equalize(student, images, quant, device, _alone)
+    equalize(student, images, quant, device, alone)
     quantizers: list[ActQuantizer | WeightQuantizer] = [*act_quantizers(student), *weight_quantizers(student)]
     before = [q.bits for q in quantizers]
     try:
         for q in quantizers:
             q.set_bits(max(8, q.bits))  # an override that was given against this very warning
-        estimate_ranges(student, images, quant, device, _alone)
+        estimate_ranges(student, images, quant, device, alone)
         expected, actual = (run_chunked(chain, images, device) for chain in (teacher, student))
     finally:
         forget_ranges(student)
@@ -97,7 +97,7 @@ def causes(
     chains: ChainPair, images: Tensor, quant: QuantConfig, device: torch.device
 ) -> tuple[tuple[str, float], ...]:
     """(tensor, its share of the error) for all with a large share, each quantized to eight bits alone."""
-    found = sensitivities(chains.teacher, chains.student, images, quant, device, _alone, bits=(8,))
+    found = sensitivities(chains.teacher, chains.student, images, quant, device, alone, bits=(8,))
     total = sum(s.error for s in found) or 1.0
     shares = sorted(((title(s, chains), s.error / total) for s in found), key=lambda pair: -pair[1])
     return tuple((name, share) for name, share in shares if share >= _BLAME) or tuple(shares[:1])
@@ -114,7 +114,3 @@ def title(tensor: Sensitivity, chains: ChainPair) -> str:
         return f"the weight of {tensor.name!r}"
     readers = [repr(layer.name) for layer in chains.layers if layer.reads == tensor.name]
     return f"what {', '.join(readers)} read{'s' * (len(readers) == 1)}" if readers else f"a product's {tensor.name!r}"
-
-
-def _alone(x: Tensor) -> Tensor:
-    return x[None]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_ptq.allocation import Allocation, allocate
+from lightning_ptq.calibration import alone
 from lightning_ptq.config import Budget, QuantConfig
 from lightning_ptq.equalize import equalize
 from lightning_ptq.errors import PTQError
@@ -36,8 +37,8 @@ def pareto_front(
     """
     if any(q.enabled for q in weight_quantizers(chains.student)):
         raise PTQError("sensitivities are measured before calibration, and this network has ranges already.")
-    equalize(chains.student, images, quant, device, _alone)
-    found = sensitivities(chains.teacher, chains.student, images, quant, device, _alone)
+    equalize(chains.student, images, quant, device, alone)
+    found = sensitivities(chains.teacher, chains.student, images, quant, device, alone)
     costs = layer_multiply_adds(chains.student, tuple(images.shape[1:]))
     front = {bits: _best(chains, found, costs, bits, quant.budget, learned) for bits in AVERAGES}
     feasible = {bits: best for bits, best in front.items() if best is not None}
@@ -59,10 +60,6 @@ def _best(
         return allocate(chains.layers, found, costs, bits, budget, learned)
     except PTQError:
         return None
-
-
-def _alone(x: Tensor) -> Tensor:
-    return x[None]
 
 
 def front_text(found: Sequence[Sensitivity], front: Mapping[float, Allocation], budget: Budget) -> str:
