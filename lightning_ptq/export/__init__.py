@@ -45,13 +45,12 @@ def export_onnx(
             simulation only, no images, or an operation that ONNX can't express.
     """
     require("onnx", "onnxscript", "onnxruntime")
-    metadata = describe(module)
 
     def write(to: Path, every_unit: bool) -> None:
         save_onnx(onnx_model(module.student, shape, metadata, every_unit), to)
 
     path, images = prepare(module, Path(path), images, overwrite)
-    shape = tuple(images.shape[1:])
+    shape, metadata = tuple(images.shape[1:]), describe(module)
     return written_and_compared(module, path, images, write, load_onnx, partial(load_onnx, optimised=False))
 
 

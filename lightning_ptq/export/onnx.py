@@ -46,7 +46,8 @@ def onnx_model(
     clip_small_grids(model)
     names = list(student.names) if every_unit else ["output"]
     exported = _exported(model, torch.zeros(2, *image_shape), names)
-    narrow_weights(exported, [name for name, bits in weight_bits(student).items() if bits <= 4])
+    layers = [pair for unit in student.units for pair in quantized_layers(unit)]
+    narrow_weights(exported, [name for name, layer in layers if layer.weight_quantizer.bits <= 4])
     clips_as_bounds(exported, small_grids(student))
     entry = exported.metadata_props.add()
     entry.key, entry.value = "lightning_ptq", json.dumps(dict(metadata))
@@ -105,11 +106,6 @@ def _exported(model: fx.GraphModule, images: Tensor, names: Sequence[str]) -> Mo
     assert program is not None
     proto: ModelProto = program.model_proto
     return proto
-
-
-def weight_bits(student: Chain) -> dict[str, int]:
-    """Bits of every quantized layer's weight, by the layer's name."""
-    return {name: layer.weight_quantizer.bits for unit in student.units for name, layer in quantized_layers(unit)}
 
 
 def narrow_weights(model: ModelProto, layers: Iterable[str]) -> None:
