@@ -1,4 +1,4 @@
-"""The command line: `lightning-ptq fit|validate|test|predict|plan|sensitivity|export`."""
+"""The command line: `lightning-ptq fit|validate|test|predict|plan|sensitivity|export|compare`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback, instantiate_class
 from torch import nn
 
+from lightning_ptq.cache import chunks
 from lightning_ptq.calibration import RANGE_IMAGES
 from lightning_ptq.callbacks import PredictionFile
+from lightning_ptq.checkpoint import read_checkpoint
 from lightning_ptq.checks import check_run_folder
+from lightning_ptq.compare import compare, open_artifact
 from lightning_ptq.datamodule import CalibrationDataModule
 from lightning_ptq.eight_bits import eight_bits, images_to_try
 from lightning_ptq.errors import PTQError
@@ -30,7 +33,13 @@ from lightning_ptq.plan import plan_text
 from lightning_ptq.summary import write_json
 
 
-def build_module(model: nn.Module | str, weights: str | None = None, **kwargs: Any) -> PTQModule:
+class NoModel(L.LightningModule):
+    """What stands where a command that does without a model is given none."""
+
+
+def build_module(
+    model: nn.Module | str | None = None, weights: str | None = None, **kwargs: Any
+) -> PTQModule:  # `compare` alone may get a NoModel
     """A `PTQModule` from a model and a weights file.
 
     Args:
@@ -42,11 +51,18 @@ def build_module(model: nn.Module | str, weights: str | None = None, **kwargs: A
     Raises:
         PTQError: an unknown model, or weights that do not fit it.
     """
+    if model is None:
+        return NoModel()  # type: ignore[return-value]
+    return PTQModule(build_network(model, weights), **kwargs)
+
+
+def build_network(model: nn.Module | str, weights: str | None) -> nn.Module:
+    """The trained network, in eval mode; arguments and errors as those of `build_module`."""
     network = model if isinstance(model, nn.Module) else build_model(model, weights)
     if weights is not None and (Path(weights).exists() or not _is_torchvision(model)):
         load_weights(network, weights)
     # Networks are built in training mode; from here on nobody could have meant that.
-    return PTQModule(network.eval(), **kwargs)
+    return network.eval()
 
 
 def build_model(name: str, weights: str | None = None) -> nn.Module:
@@ -113,9 +129,10 @@ def _is_torchvision(model: nn.Module | str) -> bool:
 
 
 class Trainer(L.Trainer):
-    """Lightning's Trainer and three more subcommands."""
+    """Lightning's Trainer and four more subcommands."""
 
     untrained: str | None = None  # why `plan` has the network without its weights, if it has
+    network: nn.Module | None = None  # the model as it was trained, for `compare`
 
     def plan(self, model: L.LightningModule, datamodule: CalibrationDataModule | None = None) -> None:
         """Print each unit: layers, bits, shapes, parameters, cache size, and what stays float.
@@ -178,7 +195,7 @@ class Trainer(L.Trainer):
             raise PTQError("export needs a finished fit: give its config with --config and --ckpt_path.")
         if Path(output).suffix not in (".onnx", ".pt2", ".ptq"):
             raise PTQError(f"output={output!r} names no format. Let it end in .onnx, .pt2 or .ptq.")
-        restore(model, ckpt_path)
+        model.restore(read_checkpoint(ckpt_path))
         if Path(output).suffix == ".ptq":
             sizes = save_packed(model, output, overwrite=overwrite)
             parts = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
@@ -192,15 +209,38 @@ class Trainer(L.Trainer):
         if not report.passed:
             sys.exit(1)
 
+    def compare(
+        self,
+        model: L.LightningModule,
+        first: str,
+        second: str,
+        datamodule: CalibrationDataModule | None = None,
+        least_agreement: float = 99.0,
+        least_sqnr_db: float | None = None,
+    ) -> None:
+        """Print how two artifacts of one network compare: classes, accuracy, size and time.
 
-def restore(model: PTQModule, path: str) -> None:
-    """Give a module the state of a fit's checkpoint."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise PTQError(f"ckpt_path={path!r} can't be read: {error}. Give a fit's checkpoints/last.ckpt.") from None
-    model.on_load_checkpoint(checkpoint)
-    model.load_state_dict(checkpoint["state_dict"])
+        The images are those of validation, or of calibration where there is none.
+
+        Args:
+            first: a file that ends in .onnx, .pt2, .ptq or .ckpt, or "float" for the model itself.
+            second: another; a model is needed for all but .onnx and .pt2.
+            least_agreement: percent of images that have to get the same class.
+            least_sqnr_db: signal-to-noise ratio that the outputs have to reach.
+
+        Exits with code 1 if the two differ by more.
+        """
+        if datamodule is None:
+            raise PTQError("compare needs images. Give the data section of the config.")
+        a, b = (open_artifact(name, self.network) for name in (first, second))
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        found = compare(a, b, datamodule.val_dataloader() or chunks(datamodule.calibration_images()))
+        print(found.text())
+        short = found.shortfalls(least_agreement, least_sqnr_db)
+        if short:
+            print(f"NOT the same network: {'; '.join(short)}.")
+            sys.exit(1)
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -218,6 +258,8 @@ class SaveRunConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, "fit")
 
 
+_OPTIONS = "[--config FILE] [--OPTION VALUE ...]"
+_USAGE = {"compare": f"{_OPTIONS} FIRST SECOND"}
 # Words that Lightning takes in place of a checkpoint's path.
 _FOUND_BY_LIGHTNING = ("best", "last", "hpc", "registry")
 
@@ -234,14 +276,23 @@ def _eight_bits_text(
         return f"not tried with 8 bits: {error}"
 
 
+class CommandParser(LightningArgumentParser):
+    """What a subcommand can't do without is given by position: `compare A B`."""
+
+    def add_method_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
+        """As Lightning calls it, which names the arguments only."""
+        added: list[str] = super().add_method_arguments(*args, **kwargs, as_positional=True)
+        return added
+
+
 class PTQCLI(LightningCLI):
-    """LightningCLI with the subcommands `plan`, `sensitivity` and `export`."""
+    """LightningCLI with the subcommands `plan`, `sensitivity`, `export` and `compare`."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Subcommands and the arguments that the command line provides itself."""
         return LightningCLI.subcommands() | {
-            name: {"model", "datamodule"} for name in ("plan", "sensitivity", "export")
+            name: {"model", "datamodule"} for name in ("plan", "sensitivity", "export", "compare")
         }
 
     def _parse_ckpt_path(self) -> None:
@@ -257,7 +308,14 @@ class PTQCLI(LightningCLI):
         parser.link_arguments("data", "model.image_shape", _image_shape, apply_on="instantiate")
 
     def before_instantiate_classes(self) -> None:
-        """`plan` downloads no weights and does without those that are no file. The others' checkpoint has to exist."""
+        """`plan` downloads no weights and does without those that are no file. The others' checkpoint has to exist.
+
+        All but `compare` need a model.
+        """
+        if self.config[self.subcommand].model.model is None and self.subcommand != "compare":
+            raise PTQError(
+                "model.model is missing. Name a torchvision model, or the import path of a function that returns one."
+            )
         path = self.config[self.subcommand].get("ckpt_path")
         if path and "://" not in path and path.split(":")[0] not in _FOUND_BY_LIGHTNING and not Path(path).is_file():
             raise PTQError(
@@ -271,6 +329,14 @@ class PTQCLI(LightningCLI):
                 model.weights = None
             elif model.weights is None and _is_torchvision(model.model):
                 self._untrained = f"no weights are given for {model.model!r}"
+
+    def before_compare(self) -> None:
+        """Some artifacts are run by the model's own code."""
+        assert isinstance(self.trainer, Trainer)
+        told = self.config.compare.model
+        if told.model is not None:
+            model = told.model if isinstance(told.model, str) else instantiate_class((), told.model.as_dict())
+            self.trainer.network = build_network(model, told.weights)
 
     def before_plan(self) -> None:
         """Without its weights the network is another one: `plan` then says so instead of trying it."""
@@ -317,7 +383,10 @@ def main(args: ArgsType = None) -> None:
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            parser_kwargs={"prog": "lightning-ptq", "description": "Post-training quantization of vision networks."},
+            parser_class=CommandParser,
+            parser_kwargs={"prog": "lightning-ptq", "description": "Post-training quantization of vision networks."}
+            # Listed in front of an error, all options would hide it; --help explains each of them.
+            | {name: {"usage": f"lightning-ptq {name} {_USAGE.get(name, _OPTIONS)}"} for name in PTQCLI.subcommands()},
             args=args,
         )
     except ValueError as error:

@@ -41,7 +41,7 @@ class Evaluation(L.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Teacher, round-to-nearest and student on one batch of images, with or without labels."""
-        images, labels = _images_and_labels(batch)
+        images, labels = images_and_labels(batch)
         run, whole = self._comparison(images)
         outputs = {"teacher": run(self.teacher)}
         teacher = outputs["teacher"]
@@ -110,7 +110,7 @@ class Evaluation(L.LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         """The quantized model's output for one batch of images."""
-        return self(_images_and_labels(batch)[0])
+        return self(images_and_labels(batch)[0])
 
     def _measure(self, name: str, result: Tensor, reference: Tensor) -> None:
         metric = self.rates[name]
@@ -135,7 +135,7 @@ def _check_labels(largest: int, outputs: int) -> None:
         )
 
 
-def _images_and_labels(batch: Any) -> tuple[Any, Tensor | None]:
+def images_and_labels(batch: Any) -> tuple[Any, Tensor | None]:
     """Images and, if there are any, labels of a validation batch; images of different sizes are a list."""
     if isinstance(batch, dict):
         batch = list(batch.values())

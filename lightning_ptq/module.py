@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -21,6 +22,7 @@ from lightning_ptq.bias import correct_biases, round_biases
 from lightning_ptq.cache import Minibatch, UnitCache
 from lightning_ptq.calibration import UnitReport
 from lightning_ptq.callbacks import model_callbacks
+from lightning_ptq.checkpoint import arguments_of, checked_checkpoint, read_checkpoint
 from lightning_ptq.checks import check_device, check_network_steps, check_settings, check_trainer
 from lightning_ptq.config import Granularity, QuantConfig
 from lightning_ptq.drop import DropMask
@@ -155,6 +157,7 @@ class PTQModule(Evaluation):
             prediction=prediction,
             distribution_steps=distribution_steps,
         )
+        built = {"leaf_modules": list(leaf_modules), "image_shape": image_shape and list(image_shape)}
         part = likely_part(model) if part is None else part or None
         surroundings = None if part is None else Surroundings(model, part)
         if surroundings is not None:
@@ -175,7 +178,7 @@ class PTQModule(Evaluation):
         self.method_name, self.quant, self.critic = method, quant, critic
         self.contrastive = contrastive = contrastive and coordinates.learns
         self.model_name, self.rounding_weight = type(model).__name__, rounding_weight
-        self.held_out, self.leaf_modules = held_out, tuple(leaf_modules)
+        self.held_out, self.leaf_modules, self._built = held_out, tuple(leaf_modules), built
         # What learns nothing needs no steps; one keeps Lightning's loop, and so validation and checkpoints, alive.
         self.steps_per_unit = steps_per_unit if self.method.learns else 1
         self.batch_size, self.cache_policy = batch_size, cache
@@ -209,6 +212,31 @@ class PTQModule(Evaluation):
         # Equal on all ranks by construction, and DDP wraps anew for every unit.
         self._ddp_params_and_buffers_to_ignore = [name for name in self.state_dict() if name.startswith(_FROZEN)]
         self._select(None)
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: Any = "cpu", *, model: nn.Module, **changes: Any
+    ) -> PTQModule:
+        """The calibrated module that wrote a checkpoint.
+
+        Args:
+            checkpoint_path: a fit's `checkpoints/last.ckpt`.
+            map_location: the device to put it on.
+            model: the trained network, as in that fit.
+            changes: arguments of `PTQModule` in place of the checkpoint's.
+
+        Raises:
+            PTQError: a file that is no such checkpoint or is damaged, or a model with other weights.
+        """
+        checkpoint = read_checkpoint(checkpoint_path)
+        module = cls(model, **(arguments_of(checkpoint) | changes))
+        module.restore(checkpoint)
+        return module.to(map_location).eval()
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the state in a checkpoint; errors as those of `load_from_checkpoint`."""
+        self.on_load_checkpoint(checkpoint)
+        self.load_state_dict(checkpoint["state_dict"])
 
     def _network_steps(self, asked: int | None) -> int:
         """Steps of the last epoch, or 0 where it has nothing to learn or nothing before its head."""
@@ -349,14 +377,13 @@ class PTQModule(Evaluation):
             "model": self._model_digest,
             "structure": self._structure(),
             "settings": self._settings(),
+            "built": self._built,
             "session": self.session.state(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another run's checkpoint; give what is frozen back so that loading stays strict."""
-        saved = checkpoint.get("lightning_ptq")
-        if saved is None:
-            raise PTQError("the checkpoint was not written by lightning_ptq. Give one from a fit's checkpoints folder.")
+        saved = checked_checkpoint(checkpoint)["lightning_ptq"]
         check_same(saved["structure"], self._structure(), "quantization config")
         if saved["model"] != self._model_digest:
             raise PTQError(

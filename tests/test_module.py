@@ -274,9 +274,8 @@ def test_a_label_that_no_output_stands_for_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_becomes_a_module_again(fitted) -> None:
     module, _, folder = fitted
     last = folder / "checkpoints" / "last.ckpt"
-    again = PTQModule.load_from_checkpoint(
-        last, model=tiny_net(), quant=module.quant, steps_per_unit=module.steps_per_unit
-    )
+    again = PTQModule.load_from_checkpoint(last, model=tiny_net())
+    assert (again.quant, again.method_name, again.network_steps) == (module.quant, "qdrop", module.network_steps)
     x = tiny_images(4)
     with torch.no_grad():
         assert torch.equal(again(x), module(x))

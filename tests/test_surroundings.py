@@ -94,9 +94,7 @@ def test_fit_leaves_a_quantized_detector_that_a_checkpoint_brings_back(tmp_path:
     path = next(tmp_path.rglob("last.ckpt"))
     saved = torch.load(path, weights_only=True)["state_dict"]
     assert not any(key.startswith(("surroundings.", "teacher.")) for key in saved)
-    again = PTQModule.load_from_checkpoint(
-        path, model=net, quant=QuantConfig(weight_bits=8, act_bits=8), granularity="block"
-    ).eval()
+    again = PTQModule.load_from_checkpoint(path, model=net)
     with torch.no_grad():
         for f, w in zip(again(images), found, strict=True):
             assert all(torch.equal(f[key], w[key]) for key in w)
@@ -249,9 +247,9 @@ def test_a_checkpoint_of_other_surroundings_is_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         other.stem.weight.mul_(2)
     path = next(tmp_path.rglob("last.ckpt"))
-    PTQModule.load_from_checkpoint(path, model=tiny_net(), quant=quant, method="nearest", part="blocks")
+    PTQModule.load_from_checkpoint(path, model=tiny_net())
     with pytest.raises(PTQError, match="other weights"):
-        PTQModule.load_from_checkpoint(path, model=other, quant=quant, method="nearest", part="blocks")
+        PTQModule.load_from_checkpoint(path, model=other)
 
 
 def test_the_model_is_not_changed() -> None:

@@ -185,6 +185,9 @@ def load_onnx(path: Path, optimised: bool = True) -> Callable[[Tensor], Sequence
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Threads that wait busily would take the time of whatever runs next, the simulation or another session.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
