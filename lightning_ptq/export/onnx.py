@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from lightning_ptq.convert import OPS, container, convert
 from lightning_ptq.errors import PTQError
+from lightning_ptq.export.biases import biases_as_integers
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.layers import quantized_layers
 from lightning_ptq.quantizers import act_quantizers
@@ -27,7 +28,11 @@ _MOST_BITS = {torch.int8: 8, torch.uint8: 8, torch.int16: 16, torch.uint16: 16}
 
 
 def onnx_model(
-    student: Chain, image_shape: Sequence[int], metadata: Mapping[str, Any], every_unit: bool = False
+    student: Chain,
+    image_shape: Sequence[int],
+    metadata: Mapping[str, Any],
+    every_unit: bool = False,
+    integer_biases: bool = False,
 ) -> ModelProto:
     """The ONNX model of a calibrated student: "images" (N, C, H, W), N as you like, in; "output" out.
 
@@ -37,12 +42,15 @@ def onnx_model(
     Args:
         metadata: plain values, stored as JSON under "lightning_ptq".
         every_unit: one output for each unit, named after it.
+        integer_biases: store biases as int32, see `biases_as_integers`.
 
     Raises:
         PTQError: what `convert` raises; onnx or onnxscript is not installed; an operation that ONNX can't express.
     """
     require("onnx", "onnxscript")
     model = convert(student, every_unit)
+    if integer_biases:
+        biases_as_integers(model)
     clip_small_grids(model)
     names = list(student.names) if every_unit else ["output"]
     exported = _exported(model, torch.zeros(2, *image_shape), names)
