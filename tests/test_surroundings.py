@@ -14,12 +14,18 @@ from torch.utils.data import DataLoader
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
+import lightning_ptq as ptq
 from lightning_ptq import CalibrationDataModule, PTQError, PTQModule, QuantConfig
 from lightning_ptq.callbacks import joined
 from lightning_ptq.cli import main
 from lightning_ptq.config import QuantConfig as Config
+from lightning_ptq.convert import convert
+from lightning_ptq.export import pt2
+from lightning_ptq.export.onnx import load_onnx
+from lightning_ptq.export.pt2 import load_pt2
 from lightning_ptq.graph import build_chain
 from lightning_ptq.graph.pack import Pack
+from lightning_ptq.metrics import decibels, signal_and_noise
 from lightning_ptq.surroundings import Surroundings, likely_part, outputs_of
 from tests.helpers import tiny_data, tiny_images, tiny_net, trainer
 
@@ -151,7 +157,7 @@ def test_outputs_are_packed_without_loss() -> None:
     assert isinstance(given, tuple)
     same(given[0], first)
     same(given[1], second)
-    assert Pack(None)(first).shape == (2, 4, 9)
+    assert Pack(2, None)(first).shape == (2, 4, 9)
 
 
 class Calls(nn.Module):
@@ -203,7 +209,7 @@ def test_a_part_may_be_called_by_keyword() -> None:
         (lambda: Surroundings(tiny_net(), "blocks").inputs(torch.ones(2, 1, 8, 8)), "Check the images' size"),
         (lambda: run_with_part("twice"), "called more than once"),
         (lambda: build_chain(nn.Flatten(0).eval(), Config(), "block", is_part=True), "no layer that can be quantized"),
-        (lambda: Pack(None)(torch.ones(4)), "a tensor without channels"),
+        (lambda: Pack(1, None)(torch.ones(4)), "a tensor without channels"),
         (lambda: build_chain(Nested().eval(), Config(), "block", is_part=True), "something else than a tensor"),
     ],
 )
@@ -297,3 +303,41 @@ def test_plan_and_predict_from_the_terminal(tmp_path: Path, capsys: pytest.Captu
     found = torch.load(next(tmp_path.rglob("predictions.pt")), weights_only=True)
     assert len(found) == 4
     assert all(set(image) == {"boxes", "labels", "scores"} for image in found)
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_a_quantized_backbone_is_exported_with_all_its_outputs(tmp_path: Path, suffix: str) -> None:
+    pytest.importorskip("onnxruntime")
+    module, path = part_module(), tmp_path / f"backbone.{suffix}"
+    trainer(tmp_path, logger=False).fit(module, datamodule=detection_data())
+    export, load = (ptq.export_onnx, load_onnx) if suffix == "onnx" else (ptq.export_pt2, load_pt2)
+    report = export(module, path)
+    assert report.passed, report.text()
+    assert report.agreement is None
+    read = module.checked(torch.rand(3, 3, 32, 48))
+    with torch.no_grad():
+        expected = outputs_of(module.eval().student, read)
+    assert len(expected) > 1
+    for actual, wanted in zip(load(path)(read), expected.values(), strict=True):
+        assert decibels(*signal_and_noise(actual, wanted).tolist()) > 30  # 27 layers of 8 bits: ties tell
+    if suffix == "onnx":
+        import onnx
+
+        assert [output.name for output in onnx.load(str(path)).graph.output] == list(expected)
+    with pytest.raises(PTQError, match="only 'backbone' is quantized"):
+        ptq.save_packed(module, tmp_path / "model.ptq")
+
+
+def test_a_backbone_that_differs_is_found_out_and_the_unit_named(tmp_path: Path, monkeypatch: Any) -> None:
+    module = part_module()
+    trainer(tmp_path, logger=False).fit(module, datamodule=detection_data())
+
+    def broken(student: Any, every_unit: bool = False) -> Any:
+        model = convert(student, every_unit)
+        model.get_buffer(f"{module.chains.layers[-1].name}.scale").mul_(3)
+        return model
+
+    monkeypatch.setattr(pt2, "convert", broken)
+    report = ptq.export_pt2(module, tmp_path / "backbone.pt2")
+    assert not report.passed
+    assert report.unit == module.student.names[-1]

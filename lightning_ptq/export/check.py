@@ -18,11 +18,6 @@ if TYPE_CHECKING:
 
 def check_exportable(module: PTQModule, path: Path, overwrite: bool) -> None:
     """Raise `PTQError` for what can't be exported, or not to `path`."""
-    if module.surroundings is not None:
-        raise PTQError(
-            "a model of which only a part is quantized, such as a detector, can't be exported yet. Use it from Python: "
-            "PTQModule.load_from_checkpoint."
-        )
     if path.exists() and not overwrite:
         raise PTQError(f"{str(path)!r} exists and is kept. Give another path, or overwrite=True (--overwrite true).")
     check_convertible(module.student)

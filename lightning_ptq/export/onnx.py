@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from lightning_ptq.convert import OPS, container, convert
 from lightning_ptq.errors import PTQError
 from lightning_ptq.export.biases import biases_as_integers
+from lightning_ptq.graph.pack import pack_of
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.layers import quantized_layers
 from lightning_ptq.quantizers import act_quantizers
@@ -34,7 +35,7 @@ def onnx_model(
     every_unit: bool = False,
     integer_biases: bool = False,
 ) -> ModelProto:
-    """The ONNX model of a calibrated student: "images" (N, C, H, W), N as you like, in; "output" out.
+    """The ONNX model of a calibrated student: "images" (N, C, H, W), N as you like, in; "output" out, or several.
 
     Weights of 4 bits and less are int4 or uint4, others int8 or uint8. QuantizeLinear knows the range of its type only;
     where the grid is smaller than that, a Clip comes before it.
@@ -52,7 +53,7 @@ def onnx_model(
     if integer_biases:
         biases_as_integers(model)
     clip_small_grids(model)
-    names = list(student.names) if every_unit else ["output"]
+    names = [*(student.names[:-1] if every_unit else ()), *output_names(student)]
     exported = _exported(model, torch.zeros(2, *image_shape), names)
     layers = [pair for unit in student.units for pair in quantized_layers(unit)]
     narrow_weights(exported, [name for name, layer in layers if layer.weight_quantizer.bits <= 4])
@@ -60,6 +61,12 @@ def onnx_model(
     entry = exported.metadata_props.add()
     entry.key, entry.value = "lightning_ptq", json.dumps(dict(metadata))
     return exported
+
+
+def output_names(student: Chain) -> tuple[str, ...]:
+    """ "output", or what the model calls its outputs."""
+    pack = pack_of(student)
+    return ("output",) if pack is None else pack.names
 
 
 def require(*packages: str) -> None:

@@ -46,9 +46,14 @@ def save_packed(module: PTQModule, path: str | Path, *, overwrite: bool = False)
         Bytes of each part of the file: "weights", "scales", "biases", "activations", "floats" and "header".
 
     Raises:
-        PTQError: a file that exists, or a module that is not fully calibrated.
+        PTQError: a file that exists, a module that is not fully calibrated, or of which only a part is quantized.
     """
     path = Path(path)
+    if module.surroundings is not None:
+        raise PTQError(
+            f"a packed file holds a whole network, and of this one only {module.surroundings.part!r} is quantized. "
+            "Export that to .onnx or .pt2, or keep the checkpoint."
+        )
     check_exportable(module, path, overwrite)
     tensors = packed_tensors(module.student)
     metadata = describe(module) | {

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.export import Dim
+from torch.utils._pytree import tree_leaves
 
 from lightning_ptq.convert import convert
 from lightning_ptq.graph.units import Chain
@@ -30,7 +31,6 @@ def load_pt2(path: Path) -> Callable[[Tensor], Sequence[Tensor]]:
 
     def run(images: Tensor) -> Sequence[Tensor]:
         with torch.no_grad():
-            output = model(images.cpu())
-        return (output,) if isinstance(output, Tensor) else output
+            return tree_leaves(model(images.cpu()))
 
     return run

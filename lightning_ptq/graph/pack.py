@@ -19,14 +19,19 @@ class Pack(nn.Module):
     Channels that an output has not are zeros.
 
     Args:
-        keys: what the model calls its outputs, in a dict; None if it returns a tuple or list. kind: that type.
+        count: how many outputs there are.
+        keys: what the model calls them, in a dict; None if it returns a tuple or list. kind: that type.
 
     Shape: each (N, C_i, positions...) -> (N, max C_i, sum of positions).
     """
 
-    def __init__(self, keys: tuple[Any, ...] | None, kind: type[list[Any]] | type[tuple[Any, ...]] = tuple) -> None:
+    def __init__(
+        self, count: int, keys: tuple[Any, ...] | None, kind: type[list[Any]] | type[tuple[Any, ...]] = tuple
+    ) -> None:
         super().__init__()
         self.keys, self.kind = keys, kind
+        # Names of the outputs, for files.
+        self.names = tuple(f"output_{i}" for i in range(count)) if keys is None else tuple(map(str, keys))
         self.outputs: list[Tensor] | None = None
 
     def forward(self, *outputs: Tensor) -> Tensor:
@@ -59,7 +64,7 @@ def pack_outputs(gm: fx.GraphModule) -> None:
     values = tuple(outputs.values()) if isinstance(outputs, Mapping) else outputs
     if not isinstance(values, list | tuple) or not values or not all(isinstance(v, fx.Node) for v in values):
         raise PTQError("the part returns something else than a tensor, or a flat dict, tuple or list of tensors.")
-    gm.add_submodule("packed_outputs", Pack(keys, list if isinstance(values, list) else tuple))
+    gm.add_submodule("packed_outputs", Pack(len(values), keys, list if isinstance(values, list) else tuple))
     with gm.graph.inserting_before(end):
         packed = gm.graph.call_module("packed_outputs", tuple(values))
     end.args = (packed,)

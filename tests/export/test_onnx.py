@@ -14,6 +14,7 @@ import lightning_ptq as ptq
 from lightning_ptq import PTQError, QuantConfig
 from lightning_ptq.cli import main
 from lightning_ptq.export.onnx import load_onnx
+from lightning_ptq.export.parity import in_double
 from tests.helpers import tiny_data, tiny_images, tiny_module, trainer
 
 onnx = pytest.importorskip("onnx")
@@ -155,17 +156,38 @@ def test_a_file_that_differs_is_found_out_and_the_unit_named(tmp_path: Path, mon
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
-def test_ties_of_faster_kernels_are_told_from_errors(tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    ("file", "double", "plain", "passed"),
+    [
+        ((99.0, 35.0), (100.0, 120.0), (100.0, 120.0), True),  # ties of faster kernels
+        ((98.0, 35.0), (100.0, 120.0), (100.0, 120.0), False),  # that is more than ties
+        ((99.0, 29.0), (99.0, 33.0), (99.0, 31.0), False),
+        ((99.0, 35.0), (99.2, 36.0), (99.0, 34.0), True),  # where the simulation itself does not do better
+        ((99.0, 35.0), (99.2, 36.0), (99.0, 32.0), False),
+        ((99.0, 35.0), (100.0, 120.0), (100.0, 39.0), False),
+    ],
+)
+def test_ties_are_told_from_errors(
+    tmp_path: Path, monkeypatch: Any, file: tuple[float, float], double: Any, plain: Any, passed: bool
+) -> None:
     module = fitted(tmp_path, QuantConfig(8, 8))
     import lightning_ptq.export as package
 
-    measured = iter([(99.0, 35.0, 0.1), (100.0, 120.0, 0.0), (98.0, 35.0, 0.1), (100.0, 120.0, 0.0)])
+    measured = iter([(*file, 0.1), (*double, 0.1), (*plain, 0.0)])
     monkeypatch.setattr(package, "compare_outputs", lambda *args: next(measured))
-    path = tmp_path / "model.onnx"
-    ties, errors = (ptq.export_onnx(module, path, tiny_images(4), overwrite=True) for _ in range(2))
-    assert ties.passed
-    assert "120.0 dB without the runtime's optimisations: as simulated, but for ties" in ties.text()
-    assert not errors.passed
+    report = ptq.export_onnx(module, tmp_path / "model.onnx", tiny_images(4))
+    assert report.passed == passed
+    assert f"{plain[1]:.1f} dB without the runtime's optimisations" in report.text()
+    assert f"in double precision: {double[1]:.1f} dB" in report.text()
+    assert ("as simulated, but for ties" in report.text()) == passed
+
+
+def test_in_double_precision_the_simulation_is_itself(tmp_path: Path) -> None:
+    module = fitted(tmp_path, QuantConfig(8, 8)).eval()
+    x = tiny_images(6)
+    with torch.no_grad():
+        torch.testing.assert_close(in_double(module.student)(x)[0], module.student(x), rtol=0.02, atol=0.02)
+    assert module.student.find("fc").weight.dtype == torch.float32
 
 
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path: Path) -> None:
