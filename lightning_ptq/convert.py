@@ -140,7 +140,8 @@ def add_layer(graph: fx.Graph, attributes: dict[str, Any], name: str, layer: nn.
     if not isinstance(layer, _ConvNd):
         return graph.call_function(torch.nn.functional.linear, (x, real, offset))
     if isinstance(layer, ConvTranspose):
-        real = real if axis == 1 else graph.call_function(swap_channels, (real, layer.groups))
+        depthwise = layer.in_channels == layer.out_channels == layer.groups  # the same in both layouts
+        real = real if axis == 1 or depthwise else graph.call_function(swap_channels, (real, layer.groups))
         places: Any = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
         return graph.call_function(TRANSPOSED[len(layer.kernel_size)], (x, real, offset, *places))
     padding: Any = layer.padding

@@ -16,14 +16,18 @@ _TORCH = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def lay_out_transposed(gm: fx.GraphModule) -> None:
     """Replace torch's transposed convolutions by `ConvTranspose`, which can be folded and quantized, in place.
 
-    Not where the graph reads the weight as well.
+    One whose weight the graph reads as well stays, and says so in `meta["float_reason"]`.
     """
     read = {node.target for node in gm.graph.nodes if node.op == "get_attr"}
-    for name in dict.fromkeys(str(node.target) for node in gm.graph.nodes if node.op == "call_module"):
-        module = gm.get_submodule(name)
-        if type(module) in _TORCH and f"{name}.weight" not in read:
-            assert isinstance(module, _ConvTransposeNd)
-            gm.set_submodule(name, ConvTranspose.from_torch(module))
+    for node in gm.graph.nodes:
+        module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if type(module) not in _TORCH:
+            continue
+        assert isinstance(module, _ConvTransposeNd)
+        if f"{node.target}.weight" in read:
+            node.meta["float_reason"] = f"{type(module).__name__}: its weight is also read by other operations"
+        else:
+            gm.set_submodule(str(node.target), ConvTranspose.from_torch(module))
 
 
 def crop_transposed(gm: fx.GraphModule) -> None:
