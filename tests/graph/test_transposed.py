@@ -14,6 +14,7 @@ from lightning_ptq.calibration import estimate_ranges
 from lightning_ptq.functional import swap_channels
 from lightning_ptq.graph import ChainPair, build_chain
 from lightning_ptq.graph.arithmetic import layer_multiply_adds
+from lightning_ptq.quantizers import ActQuantizer
 from tests.graph.test_fold import randomise
 from tests.helpers import tiny_images
 
@@ -122,6 +123,9 @@ def test_a_size_that_is_asked_for_is_met_by_a_layer_of_one_input(shape: tuple[in
 def test_with_placement_for_hardware_a_size_is_no_tensor_to_quantize() -> None:
     model, x = randomised(Sized()), torch.randn(2, 3, 8, 8, dtype=torch.float64)
     pair = build_chain(model, QuantConfig(placement="hardware", weight_symmetric=True), "layer")
+    quantized = {name.rpartition(".")[2] for name, m in pair.student.named_modules() if isinstance(m, ActQuantizer)}
+    # No sizes, and no slice: it shares the quantizer of what it is cut from.
+    assert quantized == {"act_x", "act_down", "act_up1", "act_relu", "act_cat", "act_up2"}
     torch.testing.assert_close(pair.student(x), model(x), rtol=1e-10, atol=1e-10)
 
 
