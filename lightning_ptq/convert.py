@@ -17,11 +17,12 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_ptq.errors import PTQError
+from lightning_ptq.functional import swap_channels
 from lightning_ptq.graph.pack import Pack
 from lightning_ptq.graph.taps import Tap
 from lightning_ptq.graph.trace import attribute_of
 from lightning_ptq.graph.units import Chain
-from lightning_ptq.layers import is_quantized
+from lightning_ptq.layers import TRANSPOSED, ConvTranspose, is_quantized
 from lightning_ptq.quantizers import ActQuantizer, LogQuantizer, act_quantizers, weight_quantizers
 from lightning_ptq.weights import WeightQuantizer
 
@@ -123,11 +124,13 @@ def add_layer(graph: fx.Graph, attributes: dict[str, Any], name: str, layer: nn.
         return graph.get_attr(f"{name}.{leaf}")
 
     dtype = container(q.bits, q.symmetric)
-    integers = fetch("weight", q.integers(weight).to(dtype))
+    # Stored as the operation reads it, but where there are groups: then no dimension is that of the output channels.
+    axis = 1 if isinstance(layer, ConvTranspose) and layer.groups == 1 else 0
+    integers = fetch("weight", q.integers(weight).transpose(0, axis).contiguous().to(dtype))
     grid = (q.qmin, q.qmax, dtype)
     if q.per_channel:
         scales, zeros = fetch("scale", q.effective_scale.flatten()), fetch("zero_point", q.zero_point.flatten().long())
-        real = graph.call_function(OPS.dequantize_per_channel.default, (integers, scales, zeros, q.axis, *grid))
+        real = graph.call_function(OPS.dequantize_per_channel.default, (integers, scales, zeros, axis, *grid))
     else:
         real = graph.call_function(
             OPS.dequantize_per_tensor.default, (integers, float(q.effective_scale), int(q.zero_point), *grid)
@@ -136,6 +139,11 @@ def add_layer(graph: fx.Graph, attributes: dict[str, Any], name: str, layer: nn.
     offset = None if bias is None else fetch("bias", bias)
     if not isinstance(layer, _ConvNd):
         return graph.call_function(torch.nn.functional.linear, (x, real, offset))
+    if isinstance(layer, ConvTranspose):
+        depthwise = layer.in_channels == layer.out_channels == layer.groups  # the same in both layouts
+        real = real if axis == 1 or depthwise else graph.call_function(swap_channels, (real, layer.groups))
+        places: Any = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+        return graph.call_function(TRANSPOSED[len(layer.kernel_size)], (x, real, offset, *places))
     padding: Any = layer.padding
     if layer.padding_mode != "zeros":
         around = layer._reversed_padding_repeated_twice

@@ -58,6 +58,11 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return (q - zero_point) * scale
 
 
+def swap_channels(weight: Tensor, groups: int) -> Tensor:
+    """A convolution's weight (O, I/groups, ...) as that of a transposed convolution (I, O/groups, ...), or back."""
+    return weight.view(groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
+
+
 def fake_quantize(
     x: Tensor,
     log_scale: Tensor,

@@ -9,13 +9,54 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_ptq.config import QuantConfig
-from lightning_ptq.functional import in_float32
+from lightning_ptq.functional import in_float32, swap_channels
 from lightning_ptq.weights import ROUNDINGS, WeightQuantizer
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
+TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def retyped(kind: type[_Layer], layer: nn.Module) -> _Layer:
+    """A `kind` with the attributes and the very Parameters of `layer`."""
+    twin = kind.__new__(kind)
+    nn.Module.__init__(twin)
+    for name, value in vars(layer).items():
+        if name not in ("_parameters", "_buffers", "_modules") and not name.endswith("_hooks"):
+            twin.__dict__[name] = value
+    for name, parameter in layer._parameters.items():
+        twin.register_parameter(name, parameter)
+    return twin
+
+
+class ConvTranspose(_ConvTransposeNd):
+    """Transposed convolution in 1 to 3 dimensions whose weight is laid out as a convolution's: (O, I/groups, k...).
+
+    In torch's own layout, (I, O/groups, k...), no dimension is that of the output channels if there are groups. Here
+    whatever looks at a weight's channels (scales, folded norms, corrections) finds them where it does in any layer.
+
+    Shape: (N, I, L...) -> (N, O, L'...).
+    """
+
+    @classmethod
+    def from_torch(cls, layer: _ConvTransposeNd) -> ConvTranspose:
+        """The same layer with a weight of its own, laid out anew."""
+        twin, weight = retyped(cls, layer), swap_channels(layer.weight.detach(), layer.groups)
+        twin.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+        return twin
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight, self.bias)
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        function = TRANSPOSED[len(self.kernel_size)]
+        weight, padding = swap_channels(weight, self.groups), self.padding
+        assert not isinstance(padding, str)
+        return function(x, weight, bias, self.stride, padding, self.output_padding, self.groups, self.dilation)
 
 
 class _Quantized(nn.Module):
@@ -28,15 +69,7 @@ class _Quantized(nn.Module):
     @classmethod
     def from_float(cls: type[_Layer], layer: nn.Module, quantizer: WeightQuantizer) -> _Layer:
         """The quantized twin of `layer`: same attributes, same Parameter objects, its own quantizer."""
-        twin = cls.__new__(cls)
-        nn.Module.__init__(twin)
-        for name, value in vars(layer).items():
-            if name not in ("_parameters", "_buffers", "_modules") and not name.endswith("_hooks"):
-                twin.__dict__[name] = value
-        for name, parameter in layer.named_parameters(recurse=False):
-            twin.register_parameter(name, parameter)
-        if layer._parameters.get("bias") is None:
-            twin.register_parameter("bias", None)
+        twin = retyped(cls, layer)
         twin.add_module("weight_quantizer", quantizer)
         return twin
 
@@ -81,19 +114,24 @@ class QuantConv3d(_QuantConv, nn.Conv3d):
     """3-d convolution with quantized weight (O, I/groups, kD, kH, kW). Shape: (N, I, D, H, W) -> (N, O, D', H', W')."""
 
 
+class QuantConvTranspose(_QuantConv, ConvTranspose):
+    """Transposed convolution with quantized weight (O, I/groups, k...). Shape: (N, I, L...) -> (N, O, L'...)."""
+
+
 class QuantLinear(_Quantized, nn.Linear):
     """Linear layer with quantized weight (O, I). Shape: (..., I) -> (..., O)."""
 
     channel_dim = -1
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.nn.functional.linear(x, weight, bias)
+        return F.linear(x, weight, bias)
 
 
 REGISTRY: dict[type[nn.Module], type[_Quantized]] = {
     nn.Conv2d: QuantConv2d,
     nn.Conv1d: QuantConv1d,
     nn.Conv3d: QuantConv3d,
+    ConvTranspose: QuantConvTranspose,
     nn.Linear: QuantLinear,
 }
 

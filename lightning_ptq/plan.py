@@ -70,7 +70,7 @@ def plan_text(
         parameters = sum(layer.parameters for layer in layers)
         lines.append(f"{title:<32} {_shape(shapes[k + 1]):>15} {parameters:>12,} {cache / 2**20:>10.1f}")
         lines += [
-            f"       {layer.name:<36} {layer.kind:<8} W{layer.weight_bits} A{layer.act_bits} {layer.parameters:>12,}"
+            f"       {layer.name:<36} {layer.kind:<13} W{layer.weight_bits} A{layer.act_bits} {layer.parameters:>12,}"
             for layer in layers
         ]
     if network:

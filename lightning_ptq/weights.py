@@ -19,24 +19,22 @@ class WeightQuantizer(nn.Module):
     so a network that has ranges but no calibration is the round-to-nearest baseline.
 
     Args:
-        shape: the weight's shape, output channels at `axis`.
+        shape: the weight's shape, (O, ...): output channels come first.
         bits: 2 to 8.
         per_channel: one scale for each output channel, otherwise one for all.
         symmetric: signed grid with zero point 0.
     """
 
-    def __init__(
-        self, shape: torch.Size, bits: int, *, per_channel: bool = True, symmetric: bool = False, axis: int = 0
-    ) -> None:
+    def __init__(self, shape: torch.Size, bits: int, *, per_channel: bool = True, symmetric: bool = False) -> None:
         super().__init__()
-        self.bits, self.symmetric, self.per_channel, self.axis = bits, symmetric, per_channel, axis
+        self.bits, self.symmetric, self.per_channel = bits, symmetric, per_channel
         self.qmin, self.qmax = F.integer_range(bits, symmetric)
-        channels = [size if dim == axis and per_channel else 1 for dim, size in enumerate(shape)]
+        channels = [shape[0] if per_channel else 1, *[1] * (len(shape) - 1)]
         self.register_buffer("scale", torch.ones(channels))
         self.register_buffer("zero_point", torch.zeros(channels))
         self.register_buffer("ready", torch.tensor(False))
         self.log_gain = nn.Parameter(torch.zeros(channels), requires_grad=False)
-        self.bias_shift = nn.Parameter(torch.zeros(shape[axis]), requires_grad=False)
+        self.bias_shift = nn.Parameter(torch.zeros(shape[0]), requires_grad=False)
         self.nearest = False  # True only inside `initial_ranges`: the baseline's view of this layer
         self.enabled = False
         self._hard: Tensor | None = None  # set by `hold`
@@ -150,10 +148,8 @@ class AdaRound(WeightQuantizer):
     of the identity: soft rounding starts from undecided weights, and a network that was calibrated has none left.
     """
 
-    def __init__(
-        self, shape: torch.Size, bits: int, *, per_channel: bool = True, symmetric: bool = False, axis: int = 0
-    ) -> None:
-        super().__init__(shape, bits, per_channel=per_channel, symmetric=symmetric, axis=axis)
+    def __init__(self, shape: torch.Size, bits: int, *, per_channel: bool = True, symmetric: bool = False) -> None:
+        super().__init__(shape, bits, per_channel=per_channel, symmetric=symmetric)
         self.alpha = nn.Parameter(torch.zeros(shape), requires_grad=False)
         self.straight = False
         self._parts: tuple[Tensor, Tensor] | None = None  # set by `hold`
@@ -229,15 +225,10 @@ class FlexRound(WeightQuantizer):
     The scale outside the rounding is that of the range times the gain.
     """
 
-    def __init__(
-        self, shape: torch.Size, bits: int, *, per_channel: bool = True, symmetric: bool = False, axis: int = 0
-    ) -> None:
-        super().__init__(shape, bits, per_channel=per_channel, symmetric=symmetric, axis=axis)
-        sizes = (
-            shape,
-            [size if dim == axis else 1 for dim, size in enumerate(shape)],
-            [size if dim == 1 - axis else 1 for dim, size in enumerate(shape)],
-        )
+    def __init__(self, shape: torch.Size, bits: int, *, per_channel: bool = True, symmetric: bool = False) -> None:
+        super().__init__(shape, bits, per_channel=per_channel, symmetric=symmetric)
+        ones = [1] * (len(shape) - 2)
+        sizes = (shape, (shape[0], 1, *ones), (1, shape[1], *ones))
         self.log_element, self.log_output, self.log_input = (
             nn.Parameter(torch.zeros(size), requires_grad=False) for size in sizes
         )

@@ -20,6 +20,7 @@ from lightning_ptq.graph.norms import find_norms, give_biases
 from lightning_ptq.graph.pairs import find_pairs
 from lightning_ptq.graph.placement import FloatOp, Placement, float_ops, place_quantizers
 from lightning_ptq.graph.trace import any_layout_will_do
+from lightning_ptq.graph.transposed import crop_transposed, lay_out_transposed
 from lightning_ptq.graph.units import Chain, build_unit, unit_names
 from lightning_ptq.layers import quantize_layer
 
@@ -96,10 +97,12 @@ def build_chain(
     fold_constants(gm)
     decompose_attention(gm, leaf_modules)
     modularise(gm, leaf_modules)
+    lay_out_transposed(gm)
     untie(gm)
     fold_affine(gm)  # what lies between a layer and its batch norm, and what lies behind
     fold_batch_norm(gm)
     fold_affine(gm)
+    crop_transposed(gm)
     placement = place_quantizers(gm, config, leaf_modules)
     norms = find_norms(placement) if config.norms != "none" else ()
     give_biases(gm, norms)

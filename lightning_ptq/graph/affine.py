@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_ptq.graph.fold import FOLDABLE, fold_channels
+from lightning_ptq.graph.fold import fold_channels
 from lightning_ptq.graph.trace import attribute_of, is_torch_op, op_name
+from lightning_ptq.layers import is_quantizable
 
 
 def fold_affine(gm: fx.GraphModule) -> None:
@@ -43,7 +44,7 @@ def foldable_layer(gm: fx.GraphModule, node: Any) -> nn.Module | None:
         return None
     layer = gm.get_submodule(str(node.target))
     calls = sum(other.op == "call_module" and other.target == node.target for other in gm.graph.nodes)
-    return layer if type(layer) in FOLDABLE and calls == 1 else None
+    return layer if is_quantizable(layer) and calls == 1 else None
 
 
 def channel_values(gm: fx.GraphModule, layer: nn.Module, value: Any) -> Tensor | None:

@@ -162,7 +162,7 @@ def carries_sizes(gm: fx.GraphModule) -> bool:
     """Whether somewhere nothing but sizes of the image, read further on, forbids to cut between two layers."""
     live = Liveness(gm)
     called = {i: gm.get_submodule(str(node.target)) for i, node in enumerate(live.nodes) if node.op == "call_module"}
-    layers = [i for i, module in called.items() if is_quantizable(module)]
+    layers = [i for i, module in called.items() if isinstance(module, nn.Linear | _ConvNd)]
     between = [range(layer, following) for layer, following in pairwise(layers)]
     return any(live.points_but_for_scalars & set(gap) and not live.points & set(gap) for gap in between)
 

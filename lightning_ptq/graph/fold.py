@@ -16,7 +16,6 @@ from lightning_ptq.errors import PTQError
 from lightning_ptq.graph.trace import has_attribute, is_torch_op, op_name, words
 from lightning_ptq.layers import is_quantizable
 
-FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 # Mean and standard deviation (O,) of a layer's outputs.
 Statistics = tuple[Tensor, Tensor]
 # A plain attribute: neither part of the state dict nor of what a checkpoint is checked against.
@@ -168,7 +167,7 @@ def why_not_foldable(gm: fx.GraphModule, node: fx.Node, norm: _BatchNorm) -> str
     if not isinstance(source, fx.Node) or source.op != "call_module":
         return f"it follows {str(source)!r}, not a convolution or linear module"
     layer = gm.get_submodule(str(source.target))
-    if type(layer) not in FOLDABLE:
+    if not is_quantizable(layer):
         return f"it follows {source.target!r} ({type(layer).__name__}), not a convolution or linear module"
     calls = sum(other.op == "call_module" and other.target == source.target for other in gm.graph.nodes)
     if calls > 1:

@@ -33,7 +33,7 @@ def kernels(gm: fx.GraphModule, dependent: set[fx.Node]) -> list[fx.Node]:
 
 def origin(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
     """What `node` moves about: the tensor whose quantizer it shares; `node` itself if it computes something."""
-    while does(gm, node, _MOVE_OPS, _MOVES) and len(node.all_input_nodes) == 1:
+    while does(gm, node, _MOVE_OPS, _MOVES):  # what else it may read are sizes and indices
         node = node.all_input_nodes[0]
     return node
 

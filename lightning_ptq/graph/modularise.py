@@ -13,6 +13,8 @@ from lightning_ptq.graph.trace import attribute_of, is_inside, is_torch_op, op_n
 # The arguments of a function by name, fixed tensors in place of their nodes.
 Arguments = dict[str, Any]
 _CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_PLACES = ("stride", "padding", "output_padding", "dilation")
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _ATEN_NORM = ("input", "weight", "bias", "running_mean", "running_var")
 
@@ -106,16 +108,16 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         """All will do."""
 
 
-def _convolution(kind: type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]) -> Callable[[Arguments], nn.Module | None]:
+def _convolution(kind: Callable[..., nn.Module], transposed: bool = False) -> Callable[[Arguments], nn.Module | None]:
     def build(given: Arguments) -> nn.Module | None:
         weight, bias, groups = given["weight"], given.get("bias"), given.get("groups", 1)
-        options: Arguments = {key: given[key] for key in ("stride", "padding", "dilation") if key in given}
+        options: Arguments = {key: given[key] for key in _PLACES if key in given}
         options = {key: tuple(value) if isinstance(value, list | tuple) else value for key, value in options.items()}
         if not isinstance(weight, nn.Parameter):
             return None  # a fixed filter, such as a blur
-        (outputs, inputs), size = weight.shape[:2], tuple(weight.shape[2:])
+        channels, size = (weight.shape[0], weight.shape[1] * groups), tuple(weight.shape[2:])
         options |= {"kernel_size": size, "groups": groups, "bias": False, "device": "meta"}
-        layer = kind(inputs * groups, outputs, **options)
+        layer = kind(*(channels if transposed else channels[::-1]), **options)
         return with_weights(layer, weight, bias)
 
     return build
@@ -164,6 +166,9 @@ _FUNCTIONS: dict[str, tuple[tuple[str, ...], Callable[[Arguments], nn.Module | N
     "conv1d": (_CONVOLUTION, _convolution(nn.Conv1d)),
     "conv2d": (_CONVOLUTION, _convolution(nn.Conv2d)),
     "conv3d": (_CONVOLUTION, _convolution(nn.Conv3d)),
+    "conv_transpose1d": (_TRANSPOSED, _convolution(nn.ConvTranspose1d, transposed=True)),
+    "conv_transpose2d": (_TRANSPOSED, _convolution(nn.ConvTranspose2d, transposed=True)),
+    "conv_transpose3d": (_TRANSPOSED, _convolution(nn.ConvTranspose3d, transposed=True)),
     "linear": (("input", "weight", "bias"), _linear),
     "matmul": (("input", "other"), _matmul),
     "mm": (("input", "mat2"), _matmul),

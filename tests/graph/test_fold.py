@@ -77,11 +77,6 @@ class Tapped(nn.Module):
     [
         (Tapped(), "bn", "'conv' is also read by 'add'"),
         (nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3)), "2", r"follows '1' \(ReLU\)"),
-        (
-            nn.Sequential(nn.Conv2d(3, 3, 1), nn.ConvTranspose2d(3, 3, 1), nn.BatchNorm2d(3)),
-            "2",
-            r"follows '1' \(ConvTranspose2d\)",
-        ),
     ],
 )
 @torch.no_grad()

@@ -93,17 +93,17 @@ def test_what_stays_in_float_is_listed_with_a_reason():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.up, self.norm = nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 4, 2), nn.LayerNorm(4)
+            self.conv, self.act, self.norm = nn.Conv2d(3, 4, 1), nn.PReLU(4), nn.LayerNorm(4)
             self.weight, self.gain = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4))
 
         def forward(self, x):
-            x = self.up(self.conv(x)).mean((2, 3))
+            x = self.act(self.conv(x)).mean((2, 3))
             x = F.linear(self.norm(x), self.weight).relu() * self.gain
             return x @ torch.matmul(self.weight, self.weight @ torch.addmm(x, x, x.transpose(0, 1)))
 
     pair = build_chain(Net().eval(), QuantConfig(), "layer")
     assert {op.name: op.reason for op in pair.floats} == {
-        "up": "ConvTranspose2d is not supported and stays in float",
+        "act": "PReLU is not supported and stays in float",
         "norm": "LayerNorm is kept in float",
         "gain": "parameter used directly by 'mul' stays in float",
         "addmm": "addmm is not quantized",
