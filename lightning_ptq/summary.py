@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 import time
@@ -15,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_ptq.checks import check_run_folder, run_folder
+from lightning_ptq.files import write_whole
 from lightning_ptq.front import finite
 from lightning_ptq.metrics import MEASURES
 from lightning_ptq.network import NETWORK
@@ -170,14 +170,9 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write to a temporary file, flush, rename: a reader never sees half a file."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        json.dump(content, file, indent=2, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Write plain values; a reader never sees half a file."""
+    text = json.dumps(content, indent=2, allow_nan=False)
+    write_whole(path, lambda to: to.write_text(f"{text}\n"))
 
 
 def peak_rss_bytes() -> int:

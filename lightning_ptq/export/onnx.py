@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from lightning_ptq.convert import OPS, container, convert
 from lightning_ptq.errors import PTQError
 from lightning_ptq.export.biases import biases_as_integers
+from lightning_ptq.files import write_whole
 from lightning_ptq.graph.pack import pack_of
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.layers import quantized_layers
@@ -186,12 +187,10 @@ def clips_as_bounds(model: ModelProto, grids: set[tuple[float, int]]) -> None:
 
 
 def save_onnx(model: ModelProto, path: Path) -> None:
-    """Write an ONNX model to a temporary file and rename it."""
+    """Write an ONNX model."""
     import onnx
 
-    temporary = path.with_name(f".{path.name}.tmp")
-    onnx.save(model, str(temporary))
-    temporary.replace(path)
+    write_whole(path, lambda to: onnx.save(model, str(to)))
 
 
 def load_onnx(path: Path, optimised: bool = True) -> Callable[[Tensor], Sequence[Tensor]]:

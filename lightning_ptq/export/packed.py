@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from lightning_ptq.allocation import apply
 from lightning_ptq.config import QuantConfig
 from lightning_ptq.errors import PTQError
 from lightning_ptq.export.check import check_exportable, describe
+from lightning_ptq.files import write_whole
 from lightning_ptq.graph import Chain, build_chain
 from lightning_ptq.layers import quantized_layers
 from lightning_ptq.quantizers import act_quantizers
@@ -66,9 +67,8 @@ def save_packed(module: PTQModule, path: str | Path, *, overwrite: bool = False)
     }
     told = json.dumps(metadata, sort_keys=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, str(temporary), {"lightning_ptq": told, "sha256": digest(tensors, told)})
-    temporary.replace(path)
+    written = save(tensors, {"lightning_ptq": told, "sha256": digest(tensors, told)})
+    write_whole(path, lambda to: to.write_bytes(written))
 
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
     parts = {

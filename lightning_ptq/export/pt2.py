@@ -11,6 +11,7 @@ from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
 from lightning_ptq.convert import convert
+from lightning_ptq.files import write_whole
 from lightning_ptq.graph.units import Chain
 
 
@@ -20,9 +21,7 @@ def save_pt2(student: Chain, image_shape: Sequence[int], path: Path, every_unit:
     program = torch.export.export(
         convert(student, every_unit), (images,), dynamic_shapes=({0: Dim.DYNAMIC},), strict=False
     )
-    temporary = path.with_name(f".{path.stem}.tmp.pt2")
-    torch.export.save(program, temporary)
-    temporary.replace(path)
+    write_whole(path, lambda to: torch.export.save(program, to))
 
 
 def load_pt2(path: Path) -> Callable[[Tensor], Sequence[Tensor]]:

@@ -1,0 +1,31 @@
+"""A file is written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lightning_ptq.files import write_whole
+
+
+def test_a_file_is_replaced_and_nothing_else_stays(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_text("old")
+    write_whole(path, lambda to: to.write_text(f"new {to.suffix}"))
+    assert path.read_text() == "new .onnx"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    path.write_text("old")
+
+    def full(to: Path) -> None:
+        to.write_text("half of")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, full)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
