@@ -16,6 +16,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback, instantiate_class
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_ptq.cache import chunks
@@ -267,7 +268,22 @@ class SaveRunConfig(SaveConfigCallback):
 _OPTIONS = "[--config FILE] [--OPTION VALUE ...]"
 _USAGE = {"compare": f"{_OPTIONS} FIRST SECOND"}
 # Words that Lightning takes in place of a checkpoint's path.
-_FOUND_BY_LIGHTNING = ("best", "last", "hpc", "registry")
+_FOUND_BY_LIGHTNING = ("best", "hpc", "registry")
+
+
+def newest_checkpoint(folder: Path, command: str | None) -> str | None:
+    """The `last.ckpt` below `folder` that was written last; None if there is none yet and `command` can do without.
+
+    Raises:
+        PTQError: there is none.
+    """
+    found = max(folder.rglob("last.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
+    if found is None and command != "fit":
+        raise PTQError(f"ckpt_path='last': no last.ckpt is below {str(folder)!r}. Run fit first.")
+    rank_zero_info(
+        f"no last.ckpt below {str(folder)!r}: beginning" if found is None else f"going on from {str(found)!r}"
+    )
+    return None if found is None else str(found)
 
 
 def _eight_bits_text(
@@ -322,7 +338,10 @@ class PTQCLI(LightningCLI):
             raise PTQError(
                 "model.model is missing. Name a torchvision model, or the import path of a function that returns one."
             )
-        path = self.config[self.subcommand].get("ckpt_path")
+        config = self.config[self.subcommand]
+        if config.get("ckpt_path") == "last":
+            config.ckpt_path = newest_checkpoint(Path(config.trainer.default_root_dir or "."), self.subcommand)
+        path = config.get("ckpt_path")
         if path and "://" not in path and path.split(":")[0] not in _FOUND_BY_LIGHTNING and not Path(path).is_file():
             raise PTQError(
                 f"ckpt_path={path!r} is no file, seen from {str(Path.cwd())!r}. A run leaves RUN/checkpoints/last.ckpt."

@@ -141,6 +141,23 @@ def test_an_interrupted_fit_is_resumed_to_the_same_result(finished: Path, tmp_pa
     assert found["student_top1"] == expected["student_top1"]
 
 
+def test_one_command_begins_and_goes_on(finished: Path, tmp_path: Path) -> None:
+    quickstart(tmp_path, "--ckpt_path=last", "--trainer.max_steps=25")
+    quickstart(tmp_path, "--ckpt_path=last")
+    (summary,) = (json.loads(path.read_text()) for path in tmp_path.rglob("summary.json") if "version_1" in str(path))
+    expected = json.loads((finished / "summary.json").read_text())
+    assert summary["complete"]
+    assert summary["student_top1"] == expected["student_top1"]
+    assert [unit["mse_after"] for unit in summary["units"]] == [unit["mse_after"] for unit in expected["units"]]
+    with pytest.raises(PTQError, match=r"no last.ckpt is below .*nowhere"):
+        run(
+            "validate",
+            finished / "config.yaml",
+            "--ckpt_path=last",
+            f"--trainer.default_root_dir={tmp_path / 'nowhere'}",
+        )
+
+
 def test_a_folder_that_holds_a_run_is_left_alone(tmp_path: Path) -> None:
     quickstart(tmp_path, "--trainer.logger=false")
     before = {name: (tmp_path / name).read_bytes() for name in ("summary.json", "config.yaml", "checkpoints/last.ckpt")}
