@@ -23,7 +23,7 @@ from lightning_ptq.checks import check_run_folder
 from lightning_ptq.datamodule import CalibrationDataModule
 from lightning_ptq.eight_bits import eight_bits, images_to_try
 from lightning_ptq.errors import PTQError
-from lightning_ptq.export import export_onnx, export_pt2, save_packed
+from lightning_ptq.export import compare_lowered, export_onnx, export_pt2, save_packed
 from lightning_ptq.front import front_data, front_text, pareto_front, plot_front
 from lightning_ptq.module import PTQModule
 from lightning_ptq.plan import plan_text
@@ -166,6 +166,8 @@ class Trainer(L.Trainer):
     ) -> None:
         """Write the quantized network: as ONNX model or PyTorch program, compared with the simulation, or packed.
 
+        A program is compared once more in int8 kernels, where this machine and the network's quantizers allow that.
+
         Args:
             ckpt_path: a finished fit's checkpoint.
             output: the file to write: .onnx, .pt2, or .ptq for a packed checkpoint.
@@ -186,10 +188,19 @@ class Trainer(L.Trainer):
             return
         datamodule.prepare_data()
         datamodule.setup("fit")
-        export = export_pt2 if Path(output).suffix == ".pt2" else export_onnx
-        report = export(model, output, datamodule.calibration_images(), overwrite=overwrite)
-        print(report.text())
-        if not report.passed:
+        images = datamodule.calibration_images()
+        if Path(output).suffix == ".onnx":
+            reports = [export_onnx(model, output, images, overwrite=overwrite)]
+            print(reports[0].text())
+        else:
+            reports = [export_pt2(model, output, images, overwrite=overwrite)]
+            print(reports[0].text())
+            try:
+                reports.append(compare_lowered(model, output, images))
+                print(reports[1].text())
+            except Exception as error:  # whatever a compiler raises; the file is written and does without
+                print(f"{output}: {(str(error) or type(error).__name__).splitlines()[0]}")
+        if not all(report.passed for report in reports):
             sys.exit(1)
 
 

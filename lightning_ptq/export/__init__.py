@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,15 +12,24 @@ from torch import Tensor
 
 from lightning_ptq.errors import PTQError
 from lightning_ptq.export.check import check_exportable, describe
+from lightning_ptq.export.lowering import compiled, kernels
 from lightning_ptq.export.onnx import load_onnx, onnx_model, require, save_onnx
 from lightning_ptq.export.packed import load_packed, save_packed
 from lightning_ptq.export.parity import ParityReport, compare_outputs, first_difference, passes
-from lightning_ptq.export.pt2 import load_pt2, save_pt2
+from lightning_ptq.export.pt2 import as_outputs, load_pt2, lower_pt2, lowered, save_pt2
 
 if TYPE_CHECKING:
     from lightning_ptq.module import PTQModule
 
-__all__ = ["ParityReport", "export_onnx", "export_pt2", "load_packed", "save_packed"]
+__all__ = [
+    "ParityReport",
+    "compare_lowered",
+    "export_onnx",
+    "export_pt2",
+    "load_packed",
+    "lower_pt2",
+    "save_packed",
+]
 
 # Images that tell which unit differs.
 _LOOKED_AT = 16
@@ -71,6 +81,24 @@ def export_pt2(
     return written_and_compared(module, path, images, write, load_pt2)
 
 
+def compare_lowered(module: PTQModule, path: str | Path, images: Tensor | None = None) -> ParityReport:
+    """Run what `export_pt2` wrote as `lower_pt2` does, compiled, and say whether it agrees with the simulation.
+
+    Arguments as those of `export_pt2`, errors as those of `lower_pt2`.
+    """
+    path = Path(path)
+    images = calibration_images(module) if images is None else module.checked(images)
+
+    def write(to: Path, every_unit: bool) -> None:
+        save_pt2(module.student, tuple(images.shape[1:]), to, every_unit)
+
+    def load(file: Path) -> Callable[[Tensor], Sequence[Tensor]]:
+        return as_outputs(compiled(lowered(file, compile=True)))
+
+    report = compared(module, path, images, write, load, load_pt2)
+    return replace(report, kernels=kernels(lowered(path, compile=True)))
+
+
 def prepare(module: PTQModule, path: Path, images: Tensor | None, overwrite: bool) -> tuple[Path, Tensor]:
     """Check what is to be exported; the images to compare on."""
     check_exportable(module, path, overwrite)
@@ -83,21 +111,31 @@ def written_and_compared(
     module: PTQModule, path: Path, images: Tensor, write: Write, load: Load, plain: Load | None = None
 ) -> ParityReport:
     """Write the student, load the file again and compare the two; `plain` loads it without optimisations."""
+    write(path, False)
+    return compared(module, path, images, write, load, plain)
+
+
+def compared(
+    module: PTQModule, path: Path, images: Tensor, write: Write, load: Load, plain: Load | None
+) -> ParityReport:
+    """Compare a file with the student; `write` is for the outputs of all units, where the two differ."""
     was_training = module.training
     module.eval()
     try:
-        write(path, False)
         run = load(path)
         agreement, sqnr_db, largest = compare_outputs(module.student, lambda x: run(x)[0], images)
-        passed, plain_db, unit = passes(agreement, sqnr_db), None, None
+        passed, plain_db, unit, differs = passes(agreement, sqnr_db), None, None, load
         if not passed and plain is not None:
             as_written = plain(path)
             plain_agreement, plain_db, _ = compare_outputs(module.student, lambda x: as_written(x)[0], images)
-            passed = passes(plain_agreement, plain_db) and passes(agreement, sqnr_db, optimised=True)
+            if passes(plain_agreement, plain_db):
+                passed = passes(agreement, sqnr_db, optimised=True)
+            else:
+                differs = plain
         if not passed:
             apart, few = path.with_name(f".{path.stem}.units{path.suffix}"), images[:_LOOKED_AT]
             write(apart, True)
-            unit = first_difference(module.student, (plain or load)(apart)(few), few)
+            unit = first_difference(module.student, differs(apart)(few), few)
             apart.unlink()
     finally:
         module.train(was_training)
