@@ -37,7 +37,7 @@ ROWS = [
 
 def network(name: str, root: Path, images: int) -> tuple[nn.Module, Tensor, Tensor]:
     """(network, images to calibrate with, other images)."""
-    if name == "resnet20":
+    if name in ("resnet20", "mobilenetv2"):
         data = ptq.ImageFolderData(str(root), resize=None, crop=None, calibration_samples=1024 + 256, seed=0)
         data.setup("fit")
         drawn = data.calibration_images()

@@ -28,7 +28,7 @@ from lightning_ptq.compare import compare, open_artifact
 from lightning_ptq.datamodule import CalibrationDataModule
 from lightning_ptq.eight_bits import eight_bits, images_to_try
 from lightning_ptq.errors import PTQError
-from lightning_ptq.export import export_onnx, export_pt2, save_packed
+from lightning_ptq.export import compare_lowered, export_onnx, export_pt2, save_packed
 from lightning_ptq.front import front_data, front_text, pareto_front, plot_front
 from lightning_ptq.module import PTQModule
 from lightning_ptq.plan import plan_text
@@ -186,6 +186,8 @@ class Trainer(L.Trainer):
     ) -> None:
         """Write the quantized network: as ONNX model or PyTorch program, compared with the simulation, or packed.
 
+        A program is compared once more in int8 kernels, where this machine and the network's quantizers allow that.
+
         Args:
             ckpt_path: a finished fit's checkpoint.
             output: the file to write: .onnx, .pt2, or .ptq for a packed checkpoint.
@@ -210,9 +212,15 @@ class Trainer(L.Trainer):
             return
         datamodule.prepare_data()
         datamodule.setup("fit")
+        images = datamodule.calibration_images()
         export = export_pt2 if kind == ".pt2" else partial(export_onnx, integer_biases=integer_biases)
-        report = export(model, output, datamodule.calibration_images(), overwrite=overwrite)
+        report = export(model, output, images, overwrite=overwrite)
         print(report.text())
+        if kind == ".pt2":
+            try:
+                print(compare_lowered(model, output, images).text())
+            except Exception as error:  # whatever a compiler raises; the file is written and does without
+                print(f"{output}: {(str(error) or type(error).__name__).splitlines()[0]}")
         if not report.passed:
             sys.exit(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lightning_ptq.errors import PTQError
 from lightning_ptq.export.check import check_exportable, describe
+from lightning_ptq.export.lowering import compiled, kernels
 from lightning_ptq.export.onnx import load_onnx, onnx_model, require, save_onnx
 from lightning_ptq.export.packed import load_packed, save_packed
 from lightning_ptq.export.parity import (
@@ -23,12 +25,20 @@ from lightning_ptq.export.parity import (
     in_double,
     passes,
 )
-from lightning_ptq.export.pt2 import load_pt2, save_pt2
+from lightning_ptq.export.pt2 import as_outputs, load_pt2, lower_pt2, lowered, save_pt2
 
 if TYPE_CHECKING:
     from lightning_ptq.module import PTQModule
 
-__all__ = ["ParityReport", "export_onnx", "export_pt2", "load_packed", "save_packed"]
+__all__ = [
+    "ParityReport",
+    "compare_lowered",
+    "export_onnx",
+    "export_pt2",
+    "load_packed",
+    "lower_pt2",
+    "save_packed",
+]
 
 # Images that tell which unit differs.
 _LOOKED_AT = 16
@@ -88,6 +98,24 @@ def export_pt2(
     return written_and_compared(module, path, images, write, load_pt2)
 
 
+def compare_lowered(module: PTQModule, path: str | Path, images: Tensor | None = None) -> ParityReport:
+    """Run what `export_pt2` wrote as `lower_pt2` does, compiled, and say whether it agrees with the simulation.
+
+    Arguments as those of `export_pt2`, errors as those of `lower_pt2`.
+    """
+    path = Path(path)
+    images = calibration_images(module) if images is None else module.checked(images)
+
+    def write(to: Path, every_unit: bool) -> None:
+        save_pt2(module.student, tuple(images.shape[1:]), to, every_unit)
+
+    def load(file: Path) -> Run:
+        return as_outputs(compiled(lowered(file, compile=True)))
+
+    report = compared(module, path, images, write, load, load_pt2)
+    return replace(report, kernels=kernels(lowered(path, compile=True)))
+
+
 def prepare(module: PTQModule, path: Path, images: Tensor | None, overwrite: bool) -> tuple[Path, Tensor]:
     """Check what is to be exported; the images to compare on."""
     check_exportable(module, path, overwrite)
@@ -100,12 +128,19 @@ def written_and_compared(
     module: PTQModule, path: Path, images: Tensor, write: Write, load: Load, plain: Load | None = None
 ) -> ParityReport:
     """Write the student, load the file again and compare the two; `plain` loads it without optimisations."""
+    write(path, False)
+    return compared(module, path, images, write, load, plain)
+
+
+def compared(
+    module: PTQModule, path: Path, images: Tensor, write: Write, load: Load, plain: Load | None
+) -> ParityReport:
+    """Compare a file with the student; `write` is for the outputs of all units, where the two differ."""
     was_training = module.training
     module.eval()
     try:
-        write(path, False)
         agreement, sqnr_db, largest = compare_outputs(module.student, load(path), images)
-        passed, plain_db, own_db, unit = passes(agreement, sqnr_db), None, None, None
+        passed, plain_db, own_db, unit, differs = passes(agreement, sqnr_db), None, None, None, load
         if not passed:
             own_agreement, own_db, _ = compare_outputs(module.student, in_double(module.student), images)
             least = as_rounding_allows(own_agreement, own_db)
@@ -113,11 +148,14 @@ def written_and_compared(
                 passed = passes(agreement, sqnr_db, *least)
             else:
                 plain_agreement, plain_db, _ = compare_outputs(module.student, plain(path), images)
-                passed = passes(plain_agreement, plain_db, *least) and passes(agreement, sqnr_db, *LEAST_OPTIMISED)
+                if passes(plain_agreement, plain_db, *least):
+                    passed = passes(agreement, sqnr_db, *LEAST_OPTIMISED)
+                else:
+                    differs = plain
         if not passed:
             apart, few = path.with_name(f".{path.stem}.units{path.suffix}"), images[:_LOOKED_AT]
             write(apart, True)
-            unit = first_difference(module.student, (plain or load)(apart)(few), few)
+            unit = first_difference(module.student, differs(apart)(few), few)
             apart.unlink()
     finally:
         module.train(was_training)

@@ -38,6 +38,7 @@ class ParityReport:
         plain_sqnr_db: SQNR without the runtime's optimisations; None if there was no need to look.
         own_sqnr_db: that of the simulation computed in double precision; None if there was no need to look.
         unit: where the first unit that differs by more than it may was looked for, its name; None elsewhere.
+        kernels: of a lowered program, how many layers are in int8 kernels, and how many there are.
     """
 
     path: str
@@ -50,11 +51,15 @@ class ParityReport:
     plain_sqnr_db: float | None = None
     own_sqnr_db: float | None = None
     unit: str | None = None
+    kernels: tuple[int, int] | None = None
 
     def text(self) -> str:
         """One line, and what is wrong if it did not pass."""
         told = "" if self.agreement is None else f"{self.agreement:.2f} % of classes agree, "
-        line = f"{self.path}: {self.size:,} bytes; {self.images} images: {told}SQNR {self.sqnr_db:.1f} dB"
+        what = f"{self.path}: {self.size:,} bytes"
+        if self.kernels is not None:
+            what = f"{self.path} in int8 kernels: {self.kernels[0]} of {self.kernels[1]} layers"
+        line = f"{what}; {self.images} images: {told}SQNR {self.sqnr_db:.1f} dB"
         if self.plain_sqnr_db is not None:
             line += f", {self.plain_sqnr_db:.1f} dB without the runtime's optimisations"
         if self.own_sqnr_db is not None:
