@@ -5,11 +5,12 @@ from lightning_ptq.config import QuantConfig
 from lightning_ptq.datamodule import CalibrationDataModule, CIFAR10Data, DigitsData, ImageFolderData
 from lightning_ptq.errors import PTQError
 from lightning_ptq.export import ParityReport, export_onnx, export_pt2, load_packed, lower_pt2, save_packed
+from lightning_ptq.fingerprint import VERSION
 from lightning_ptq.losses import ContrastiveConfig, Term, UnitBatch
 from lightning_ptq.methods import Method
 from lightning_ptq.module import PTQModule
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "Augmentation",

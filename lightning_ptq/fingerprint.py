@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_ptq.errors import PTQError
+
+VERSION = version("lightning-ptq")
 
 
 def model_digest(model: nn.Module) -> str:
@@ -30,14 +34,31 @@ def data_digest(images: Tensor) -> int:
     return total % 2**62
 
 
-def check_same(saved: Mapping[str, Any], live: Mapping[str, Any], what: str) -> None:
-    """Raise `PTQError` naming every setting in which a checkpoint differs from the module that loads it."""
+def check_same(saved: Mapping[str, Any], live: Mapping[str, Any], what: str, allow_drift: bool = False) -> None:
+    """Refuse a checkpoint that differs from the module that loads it, naming every setting in which it does."""
     different = [
         f"{key}={saved.get(key)!r} in the checkpoint, {live.get(key)!r} here"
         for key in sorted({*saved, *live})
         if saved.get(key) != live.get(key)
     ]
     if different:
-        raise PTQError(
-            f"the checkpoint has another {what}: {'; '.join(different)}. Use the settings of its config.yaml."
+        refuse(
+            f"the checkpoint has another {what}: {'; '.join(different)}. Use the settings of its config.yaml",
+            allow_drift,
         )
+
+
+def check_version(saved: str, allow_drift: bool = False) -> None:
+    """Refuse what another major version of this library wrote: it may mean something else by the same numbers."""
+    if saved.split(".")[0] != VERSION.split(".")[0]:
+        refuse(
+            f"the checkpoint is of lightning_ptq {saved}, and this is {VERSION}: another major version. Install that",
+            allow_drift,
+        )
+
+
+def refuse(message: str, allow_drift: bool) -> None:
+    """Raise `PTQError`, or warn in the same words where the user allows drift."""
+    if not allow_drift:
+        raise PTQError(f"{message}. Experts go on all the same with allow_drift=True (--model.allow_drift true).")
+    warnings.warn(f"{message}. Going on: allow_drift=True.", stacklevel=3)

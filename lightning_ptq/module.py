@@ -28,7 +28,7 @@ from lightning_ptq.config import Granularity, QuantConfig
 from lightning_ptq.drop import DropMask
 from lightning_ptq.errors import PTQError
 from lightning_ptq.evaluation import Evaluation
-from lightning_ptq.fingerprint import check_same, model_digest
+from lightning_ptq.fingerprint import VERSION, check_same, check_version, model_digest, refuse
 from lightning_ptq.functional import in_float32
 from lightning_ptq.graph import Chain, build_chain
 from lightning_ptq.graph.fold import statistics_of
@@ -90,6 +90,8 @@ class PTQModule(Evaluation):
         terms: further loss terms of units by name; they do not join the last epoch.
         cache: where activations are kept: on the "device", on the "host", or "auto": on the device if they fit.
         held_out: share of the calibration images that no step draws; they judge each unit and measure its information.
+        allow_drift: go on with a checkpoint of other weights, settings, images or of another major version; a warning
+            names what differs.
         seed: seed of every random draw; None takes that of `lightning.seed_everything`, or else 0.
 
     Raises:
@@ -130,6 +132,7 @@ class PTQModule(Evaluation):
         terms: dict[str, Term] | None = None,
         cache: CachePolicy = "auto",
         held_out: float = 0.0,
+        allow_drift: bool = False,
         seed: int | None = None,
     ) -> None:
         check_settings(
@@ -179,6 +182,7 @@ class PTQModule(Evaluation):
         self.contrastive = contrastive = contrastive and coordinates.learns
         self.model_name, self.rounding_weight = type(model).__name__, rounding_weight
         self.held_out, self.leaf_modules, self._built = held_out, tuple(leaf_modules), built
+        self.allow_drift = allow_drift
         # What learns nothing needs no steps; one keeps Lightning's loop, and so validation and checkpoints, alive.
         self.steps_per_unit = steps_per_unit if self.method.learns else 1
         self.batch_size, self.cache_policy = batch_size, cache
@@ -374,6 +378,7 @@ class PTQModule(Evaluation):
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith(_FROZEN)}
         checkpoint["lightning_ptq"] = {
+            "version": VERSION,
             "model": self._model_digest,
             "structure": self._structure(),
             "settings": self._settings(),
@@ -384,14 +389,17 @@ class PTQModule(Evaluation):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another run's checkpoint; give what is frozen back so that loading stays strict."""
         saved = checked_checkpoint(checkpoint)["lightning_ptq"]
-        check_same(saved["structure"], self._structure(), "quantization config")
+        drift = self.allow_drift
+        check_version(saved.get("version", VERSION), drift)
+        check_same(saved["structure"], self._structure(), "quantization config", drift)
         if saved["model"] != self._model_digest:
-            raise PTQError(
-                "the checkpoint belongs to a model with other weights. Give the weights that it was calibrated from."
+            refuse(
+                "the checkpoint belongs to a model with other weights. Give the weights that it was calibrated from",
+                drift,
             )
         fits = self._trainer is not None and self.trainer.state.fn == "fit"
         if fits:
-            check_same(saved["settings"], self._settings(), "calibration setting")
+            check_same(saved["settings"], self._settings(), "calibration setting", drift)
         else:  # weights of loss terms: they say nothing to who only uses the network, with whatever terms
             live = {key: value for key, value in self.state_dict().items() if key.endswith(".ratio_sums")}
             checkpoint["state_dict"].update(live)
@@ -509,6 +517,7 @@ class PTQModule(Evaluation):
             weighting=self.method.weighting,
             again=self.network_steps > 0,
             held_out=self.held_out,
+            allow_drift=self.allow_drift,
             round_again=self.network_rounding_lr > 0,
             correction=self.method.distribution_steps,
             layers=self.chains.layers,

@@ -16,7 +16,7 @@ from lightning_ptq.calibration import RANGE_IMAGES, UnitReport, estimate_ranges,
 from lightning_ptq.config import QuantConfig
 from lightning_ptq.equalize import equalize
 from lightning_ptq.errors import PTQError
-from lightning_ptq.fingerprint import data_digest
+from lightning_ptq.fingerprint import data_digest, refuse
 from lightning_ptq.graph import Chain, LayerPlan
 from lightning_ptq.graph.arithmetic import layer_multiply_adds
 from lightning_ptq.importance import channel_importance
@@ -62,6 +62,7 @@ class Images:
         config: how ranges are estimated from the images. weighting: how channels are weighted.
         again: whether the whole network's epoch will need the images again. A loader may not give them twice.
         held_out: share of the images that judge what was learned on the others.
+        allow_drift: go on from a checkpoint of other images.
         round_again: whether that epoch trains the weights' rounding. correction: steps of PD-Quant's correction.
         layers: the student's, for mixed precision. learned: whether rounding is learned.
     """
@@ -74,6 +75,7 @@ class Images:
     weighting: Weighting
     again: bool
     held_out: float
+    allow_drift: bool
     round_again: bool
     correction: int
     layers: tuple[LayerPlan, ...] = ()
@@ -219,8 +221,9 @@ class Session:
         self._held_out = held_out_of(least, data.held_out, data.batch_size)
         digest = int(world.gather(torch.tensor([data_digest(images)])).sum()) % 2**62
         if self.image_digest not in (None, digest):
-            raise PTQError(
-                "the checkpoint was calibrated on other images. Give the same data, calibration_samples and seed."
+            refuse(
+                "the checkpoint was calibrated on other images. Give the same data, calibration_samples and seed",
+                data.allow_drift,
             )
         self.image_digest, self.image_count = digest, int(counts.sum())
         images = self.teacher.laid_out(data.read(images), world.device)

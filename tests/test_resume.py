@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
+import lightning_ptq
 from lightning_ptq import Augmentation, ContrastiveConfig, PTQError
 from tests.helpers import assert_equal_states, quantization_state, tiny_data, tiny_module, trainer
 
@@ -171,6 +172,26 @@ def test_a_checkpoint_of_another_config_is_refused_and_named(checkpoint: Path, t
 def test_a_checkpoint_of_other_images_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(PTQError, match="calibrated on other images"):
         trainer(tmp_path).fit(tiny_module(), datamodule=tiny_data(count=32), ckpt_path=checkpoint)
+
+
+def test_another_major_version_s_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["lightning_ptq"]["version"] == lightning_ptq.__version__
+    state["lightning_ptq"]["version"] = "99.1.0"
+    torch.save(state, tmp_path / "other.ckpt")
+    with pytest.raises(PTQError, match=r"of lightning_ptq 99\.1\.0, and this is .*: another major version"):
+        trainer(tmp_path / "run").fit(tiny_module(), datamodule=tiny_data(), ckpt_path=tmp_path / "other.ckpt")
+
+
+def test_experts_may_go_on_with_what_differs_and_are_told(checkpoint: Path, tmp_path: Path) -> None:
+    module = tiny_module(steps_per_unit=7, allow_drift=True)
+    with pytest.warns(UserWarning, match="Going on: allow_drift=True") as told:
+        trainer(tmp_path).fit(module, datamodule=tiny_data(count=32), ckpt_path=checkpoint)
+    words = [str(warning.message) for warning in told if "allow_drift=True" in str(warning.message)]
+    assert len(words) == 2
+    assert "steps_per_unit=6 in the checkpoint, 7 here" in words[0]
+    assert "calibrated on other images" in words[1]
+    assert len(module.reports) == 5
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import torch
 
 from lightning_ptq.convert import check_convertible
 from lightning_ptq.errors import PTQError
-from lightning_ptq.fingerprint import model_digest
+from lightning_ptq.fingerprint import VERSION, model_digest
 
 if TYPE_CHECKING:
     from lightning_ptq.module import PTQModule
@@ -32,7 +31,7 @@ def check_exportable(module: PTQModule, path: Path, overwrite: bool) -> None:
 def describe(module: PTQModule) -> dict[str, Any]:
     """What identifies an exported model: plain values."""
     return {
-        "lightning_ptq": version("lightning-ptq"),
+        "lightning_ptq": VERSION,
         "torch": torch.__version__,
         "model": module.model_name,
         "method": module.method_name,
