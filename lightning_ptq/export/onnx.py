@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from lightning_ptq.convert import OPS, container, convert
 from lightning_ptq.errors import PTQError
+from lightning_ptq.export.kernels import clips_behind, forget_origins, global_pools, integer_biases
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.layers import quantized_layers
 from lightning_ptq.quantizers import act_quantizers
@@ -49,6 +50,8 @@ def onnx_model(
     layers = [pair for unit in student.units for pair in quantized_layers(unit)]
     narrow_weights(exported, [name for name, layer in layers if layer.weight_quantizer.bits <= 4])
     clips_as_bounds(exported, small_grids(student))
+    for rewrite in (clips_behind, global_pools, integer_biases, forget_origins):
+        rewrite(exported)
     entry = exported.metadata_props.add()
     entry.key, entry.value = "lightning_ptq", json.dumps(dict(metadata))
     return exported
