@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
@@ -182,7 +181,6 @@ class Trainer(L.Trainer):
         ckpt_path: str | None = None,
         output: str = "model.onnx",
         overwrite: bool = False,
-        integer_biases: bool = False,
     ) -> None:
         """Write the quantized network: as ONNX model or PyTorch program, compared with the simulation, or packed.
 
@@ -192,7 +190,6 @@ class Trainer(L.Trainer):
             ckpt_path: a finished fit's checkpoint.
             output: the file to write: .onnx, .pt2, or .ptq for a packed checkpoint.
             overwrite: replace a file that is there.
-            integer_biases: store an ONNX model's biases as int32; needs quant.placement "hardware".
 
         Exits with code 1 if the exported model does not do what the simulation does.
         """
@@ -202,8 +199,6 @@ class Trainer(L.Trainer):
         kind = Path(output).suffix
         if kind not in (".onnx", ".pt2", ".ptq"):
             raise PTQError(f"output={output!r} names no format. Let it end in .onnx, .pt2 or .ptq.")
-        if integer_biases and kind != ".onnx":
-            raise PTQError(f"integer_biases is for ONNX models, and output={output!r} is none. Leave it out.")
         model.restore(read_checkpoint(ckpt_path))
         if kind == ".ptq":
             sizes = save_packed(model, output, overwrite=overwrite)
@@ -213,7 +208,7 @@ class Trainer(L.Trainer):
         datamodule.prepare_data()
         datamodule.setup("fit")
         images = datamodule.calibration_images()
-        export = export_pt2 if kind == ".pt2" else partial(export_onnx, integer_biases=integer_biases)
+        export = export_pt2 if kind == ".pt2" else export_onnx
         report = export(model, output, images, overwrite=overwrite)
         print(report.text())
         if kind == ".pt2":

@@ -27,6 +27,7 @@ from lightning_ptq.quantizers import ActQuantizer, LogQuantizer, act_quantizers,
 from lightning_ptq.weights import WeightQuantizer
 
 OPS = torch.ops.quantized_decomposed
+_LARGEST_BIAS = 2**30  # half of what an accumulator holds
 _CONVOLUTIONS = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
 
 
@@ -113,8 +114,21 @@ def add_activation(graph: fx.Graph, q: ActQuantizer, x: fx.Node) -> fx.Node:
     return graph.call_function(OPS.dequantize_per_tensor.default, (integers, *grid))
 
 
+def scale_read(node: fx.Node) -> float:
+    """Scale of the quantizer that gives `node`, or what it is made from; infinite if there is none."""
+    while node.target is not OPS.dequantize_per_tensor.default:
+        if len(node.all_input_nodes) != 1:
+            return float("inf")
+        (node,) = node.all_input_nodes
+    return float(node.args[1])  # type: ignore[arg-type]
+
+
 def add_layer(graph: fx.Graph, attributes: dict[str, Any], name: str, layer: nn.Module, x: fx.Node) -> fx.Node:
-    """Nodes that compute what a quantized layer does, from its integer weight."""
+    """Nodes that compute what a quantized layer does, from its integer weight.
+
+    Kernels add biases up as int32 multiples of input scale x weight scale. Where that would overflow, for a channel
+    whose weights are next to nothing, these have a coarser scale.
+    """
     q, weight = layer.weight_quantizer, layer.weight
     assert isinstance(q, WeightQuantizer)
     assert isinstance(weight, Tensor)
@@ -124,18 +138,20 @@ def add_layer(graph: fx.Graph, attributes: dict[str, Any], name: str, layer: nn.
         return graph.get_attr(f"{name}.{leaf}")
 
     dtype = container(q.bits, q.symmetric)
+    values, scale, zero = q.integers(weight), q.effective_scale, q.zero_point
+    bias = q.correct(layer._parameters["bias"])
+    if q.per_channel and bias is not None:
+        coarser = (bias.abs().view_as(scale) / (scale * scale_read(x) * _LARGEST_BIAS)).clamp(min=1.0)
+        values, scale = ((values - zero) / coarser).round() + zero, scale * coarser
     # Stored as the operation reads it, but where there are groups: then no dimension is that of the output channels.
     axis = 1 if isinstance(layer, ConvTranspose) and layer.groups == 1 else 0
-    integers = fetch("weight", q.integers(weight).transpose(0, axis).contiguous().to(dtype))
+    integers = fetch("weight", values.transpose(0, axis).contiguous().to(dtype))
     grid = (q.qmin, q.qmax, dtype)
     if q.per_channel:
-        scales, zeros = fetch("scale", q.effective_scale.flatten()), fetch("zero_point", q.zero_point.flatten().long())
+        scales, zeros = fetch("scale", scale.flatten()), fetch("zero_point", zero.flatten().long())
         real = graph.call_function(OPS.dequantize_per_channel.default, (integers, scales, zeros, axis, *grid))
     else:
-        real = graph.call_function(
-            OPS.dequantize_per_tensor.default, (integers, float(q.effective_scale), int(q.zero_point), *grid)
-        )
-    bias = q.correct(layer._parameters["bias"])
+        real = graph.call_function(OPS.dequantize_per_tensor.default, (integers, float(scale), int(zero), *grid))
     offset = None if bias is None else fetch("bias", bias)
     if not isinstance(layer, _ConvNd):
         return graph.call_function(torch.nn.functional.linear, (x, real, offset))

@@ -48,12 +48,7 @@ Load = Callable[[Path], Run]
 
 
 def export_onnx(
-    module: PTQModule,
-    path: str | Path,
-    images: Tensor | None = None,
-    *,
-    overwrite: bool = False,
-    integer_biases: bool = False,
+    module: PTQModule, path: str | Path, images: Tensor | None = None, *, overwrite: bool = False
 ) -> ParityReport:
     """Write a calibrated module's student as an ONNX model, run it in ONNX Runtime, and say whether the two agree.
 
@@ -63,7 +58,6 @@ def export_onnx(
         module: after `fit`, or from its checkpoint.
         path: where to write; a file that is there is kept unless `overwrite`.
         images: (N, C, H, W) to compare on; None takes the calibration images of the module's datamodule.
-        integer_biases: store biases as int32, as integer kernels add them; for placement "hardware" only.
 
     Raises:
         PTQError: a missing package, a file that exists, a module that is not fully calibrated or holds what is for
@@ -72,10 +66,8 @@ def export_onnx(
     require("onnx", "onnxscript", "onnxruntime")
 
     def write(to: Path, every_unit: bool) -> None:
-        save_onnx(onnx_model(module.student, shape, metadata, every_unit, integer_biases), to)
+        save_onnx(onnx_model(module.student, shape, metadata, every_unit), to)
 
-    if integer_biases and module.quant.placement != "hardware":
-        raise PTQError("integer_biases would round biases that were calibrated in float. Use placement='hardware'.")
     path, images = prepare(module, Path(path), images, overwrite)
     shape, metadata = tuple(images.shape[1:]), describe(module)
     return written_and_compared(module, path, images, write, load_onnx, partial(load_onnx, optimised=False))

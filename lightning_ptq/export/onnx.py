@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from lightning_ptq.convert import OPS, container, convert
 from lightning_ptq.errors import PTQError
-from lightning_ptq.export.biases import biases_as_integers
+from lightning_ptq.export.rewrites import clips_behind, forget_origins, global_pools, integer_biases
 from lightning_ptq.files import write_whole
 from lightning_ptq.graph.pack import pack_of
 from lightning_ptq.graph.units import Chain
@@ -30,11 +30,7 @@ _MOST_BITS = {torch.int8: 8, torch.uint8: 8, torch.int16: 16, torch.uint16: 16}
 
 
 def onnx_model(
-    student: Chain,
-    image_shape: Sequence[int],
-    metadata: Mapping[str, Any],
-    every_unit: bool = False,
-    integer_biases: bool = False,
+    student: Chain, image_shape: Sequence[int], metadata: Mapping[str, Any], every_unit: bool = False
 ) -> ModelProto:
     """The ONNX model of a calibrated student: "images" (N, C, H, W), N as you like, in; "output" out, or several.
 
@@ -44,21 +40,20 @@ def onnx_model(
     Args:
         metadata: plain values, stored as JSON under "lightning_ptq".
         every_unit: one output for each unit, named after it.
-        integer_biases: store biases as int32, see `biases_as_integers`.
 
     Raises:
         PTQError: what `convert` raises; onnx or onnxscript is not installed; an operation that ONNX can't express.
     """
     require("onnx", "onnxscript")
     model = convert(student, every_unit)
-    if integer_biases:
-        biases_as_integers(model)
     clip_small_grids(model)
     names = [*(student.names[:-1] if every_unit else ()), *output_names(student)]
     exported = _exported(model, torch.zeros(2, *image_shape), names)
     layers = [pair for unit in student.units for pair in quantized_layers(unit)]
     narrow_weights(exported, [name for name, layer in layers if layer.weight_quantizer.bits <= 4])
     clips_as_bounds(exported, small_grids(student))
+    for rewrite in (clips_behind, global_pools, integer_biases, forget_origins):
+        rewrite(exported)
     entry = exported.metadata_props.add()
     entry.key, entry.value = "lightning_ptq", json.dumps(dict(metadata))
     return exported
