@@ -8,10 +8,7 @@ row is added for each model that the CSV lacks, and the table is printed.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -25,6 +22,7 @@ import torchvision
 from torch import nn
 
 import lightning_ptq as ptq
+from benchmarks.common import complete, in_process
 from lightning_ptq import QuantConfig
 from lightning_ptq.graph import build_chain
 from lightning_ptq.graph.arithmetic import multiply_adds
@@ -141,17 +139,12 @@ def go(name: str) -> dict[str, Any]:
     }
 
 
-def in_process(name: str, limit: float) -> dict[str, Any]:
+def row_of(name: str, limit: float) -> dict[str, Any]:
     """The same in a process of its own; what it died of, if it did."""
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.census", "--one", name]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-    except subprocess.TimeoutExpired:
-        return {"passed": False, "reason": f"took longer than {limit:.0f} s"}
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
-    last = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-    return {"passed": False, "reason": last[-1][:300]}
+        return {"model": name} | in_process("census", "--one", name, limit=limit)
+    except RuntimeError as error:
+        return {"model": name, "passed": False, "reason": str(error)}
 
 
 def main() -> None:
@@ -164,18 +157,7 @@ def main() -> None:
     if args.one:
         print(json.dumps(go(args.one)))
         return
-    rows = list(csv.DictReader(args.out.open())) if args.out.exists() else []
-    for name in args.models or names():
-        if name in {row["model"] for row in rows}:
-            continue
-        found = in_process(name, args.limit)
-        row = {"model": name} | {column: str(found.get(column, "")) for column in COLUMNS[1:]}
-        rows.append(row)
-        with args.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if len(rows) == 1:
-                writer.writeheader()
-            writer.writerow(row)
+    rows = complete(args.out, COLUMNS, args.models or names(), lambda name: [row_of(name, args.limit)])
     for row in rows:
         print("  ".join(f"{row[column]:<{width}}" for column, width in WIDTHS.items()))
     for source in ("torchvision", "timm"):

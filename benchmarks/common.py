@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import statistics
 import subprocess
+import sys
 import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -68,6 +73,41 @@ class Yardstick:
     def f(self) -> float:
         """Median of the passes taken."""
         return statistics.median(self.seconds)
+
+
+def in_process(benchmark: str, *arguments: str, limit: float | None = None) -> Any:
+    """What the last line that a benchmark prints says, in JSON; it runs in a process of its own, with its own memory.
+
+    Raises:
+        RuntimeError: it died, of what the message says, or took longer than `limit` seconds.
+    """
+    command = [sys.executable, "-W", "ignore", "-m", f"benchmarks.{benchmark}", *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"took longer than {limit:.0f} s") from None
+    if done.returncode:
+        last = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+        raise RuntimeError(last[-1][:300])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def complete(
+    out: Path, columns: Sequence[str], names: Iterable[str], rows_of: Callable[[str], list[dict[str, Any]]]
+) -> list[dict[str, str]]:
+    """The rows of a CSV file, once those of the `names` that its first column lacks are added, name by name."""
+    rows = list(csv.DictReader(out.open())) if out.exists() else []
+    for name in names:
+        if name in {row[columns[0]] for row in rows}:
+            continue
+        new = [{column: str(row.get(column, "")) for column in columns} for row in rows_of(name)]
+        with out.open("a", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            if not rows:
+                writer.writeheader()
+            writer.writerows(new)
+        rows += new
+    return rows
 
 
 def commit() -> str:

@@ -9,10 +9,7 @@ printed.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -23,6 +20,7 @@ import torchvision
 from torch import Tensor, nn
 
 from benchmarks.census import random_model
+from benchmarks.common import complete, in_process
 from lightning_ptq import QuantConfig
 from lightning_ptq.eight_bits import LEAST_AGREEMENT, eight_bits
 from lightning_ptq.graph import build_chain
@@ -81,6 +79,7 @@ def go(name: str) -> dict[str, Any]:
     found = eight_bits(chains, images, QuantConfig(), torch.device("cpu"))
     assert found.agreement is not None
     return {
+        "model": name,
         "agreement": round(found.agreement, 1),
         "sqnr_db": round(found.sqnr_db, 1),
         "classes": len(predicted.unique()),
@@ -99,21 +98,8 @@ def main() -> None:
     if args.one:
         print(json.dumps(go(args.one)))
         return
-    rows = list(csv.DictReader(args.out.open())) if args.out.exists() else []
-    for name in args.models or torchvision.models.list_models(module=torchvision.models):
-        if name in {row["model"] for row in rows}:
-            continue
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.eight_bits", "--one", name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"{name}: {done.stderr}")
-        row = {"model": name} | {key: str(value) for key, value in json.loads(done.stdout.splitlines()[-1]).items()}
-        rows.append(row)
-        with args.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if len(rows) == 1:
-                writer.writeheader()
-            writer.writerow(row)
+    names = args.models or torchvision.models.list_models(module=torchvision.models)
+    rows = complete(args.out, COLUMNS, names, lambda name: [in_process("eight_bits", "--one", name)])
     for row in rows:
         print("  ".join(f"{row[column]:<{width}}" for column, width in WIDTHS.items()))
     well = sum(float(row["agreement"]) >= LEAST_AGREEMENT for row in rows)

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -24,7 +22,7 @@ from torch import Tensor, nn
 
 import lightning_ptq as ptq
 from benchmarks.census import random_model
-from benchmarks.common import DEFAULT_ROOT, calibrate, trained
+from benchmarks.common import DEFAULT_ROOT, calibrate, in_process, trained
 from benchmarks.eight_bits import crops, settle
 
 ROWS = [
@@ -77,16 +75,14 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(go(*json.loads(args.one), args.root, args.images))
+        print(json.dumps(go(*json.loads(args.one), args.root, args.images)))
         return
     columns = " agree %    SQNR   size    s"
     print(f"{'':<16} {'':<4} {'':<9} images ONNX:{columns}  | .pt2:{columns}  | GiB")
     for row in ROWS:
         if not args.models or row[0] in args.models:
             options = ["--root", str(args.root), "--images", str(args.images), "--one", json.dumps(row)]
-            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.parity", *options]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            print(done.stdout.splitlines()[-1] if done.returncode == 0 else f"{row}: {done.stderr[-500:]}", flush=True)
+            print(in_process("parity", *options), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,10 @@ network is a process of its own; rows are added to benchmarks/speed.csv, the tab
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import logging
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -35,7 +32,7 @@ from torch import Tensor, nn
 
 import lightning_ptq as ptq
 from benchmarks.census import random_model
-from benchmarks.common import DEFAULT_ROOT, calibrate, commit, trained
+from benchmarks.common import DEFAULT_ROOT, calibrate, commit, complete, in_process, trained
 from benchmarks.eight_bits import crops, settle
 from lightning_ptq.export.onnx import OPSET, load_onnx
 
@@ -176,22 +173,8 @@ def main() -> None:
     if args.one:
         print(json.dumps(go(args.one, args.root, args.images)))
         return
-    rows = list(csv.DictReader(args.out.open())) if args.out.exists() else []
-    for name in args.models:
-        if name in {row["model"] for row in rows}:
-            continue
-        options = ["--root", str(args.root), "--images", str(args.images), "--one", name]
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.speed", *options]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"{name}: {done.stderr}")
-        new = json.loads(done.stdout.splitlines()[-1])
-        with args.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if not rows:
-                writer.writeheader()
-            writer.writerows(new)
-        rows += [{key: str(value) for key, value in row.items()} for row in new]
+    options = ["--root", str(args.root), "--images", str(args.images)]
+    rows = complete(args.out, COLUMNS, args.models, lambda name: in_process("speed", *options, "--one", name))
     times = "".join(f"{f'{name} ms':>10} {'/ort':>5}" for name in TIMES)
     print(f"{'':<12} {'':<12} images      bytes  size  agree   SQNR {times}")
     for row in rows:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import importlib
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmarks import common
 from benchmarks.methods import DEFAULTS, GRIDS, RESULTS, key, points
 from benchmarks.results import document
 from lightning_ptq import ContrastiveConfig, PTQModule
 
 
 @pytest.mark.parametrize(
-    "name", ["allocator", "census", "common", "critic", "methods", "ranges", "results", "rounding_gain", "speed", "vit"]
+    "name",
+    [
+        *("allocator", "census", "common", "critic", "eight_bits", "lowered", "methods", "parity", "ranges", "results"),
+        *("rounding_gain", "speed", "vit"),
+    ],
 )
 def test_each_can_be_imported(name: str) -> None:
     assert importlib.import_module(f"benchmarks.{name}").__doc__
@@ -48,3 +54,24 @@ def test_rows_become_tables(tmp_path: Path) -> None:
     # Of both bases: +0.5, +1.5 and +1.5, +4.5, so +1 and +3 over the seeds.
     assert "| resnet20 | w2a2 | 1024 | 500 | 63 | brecq, qdrop | +2.00 ± 1.00 | 2 |" in text
     assert "Commits: abc." in text
+
+
+def test_rows_that_a_file_lacks_are_added_and_others_left(tmp_path: Path) -> None:
+    out, asked = tmp_path / "rows.csv", []
+
+    def rows_of(name: str) -> list[dict[str, Any]]:
+        asked.append(name)
+        return [{"model": name, "value": 1, "other": "not a column"}, {"model": name, "value": 2}]
+
+    first = common.complete(out, ("model", "value"), ["a"], rows_of)
+    second = common.complete(out, ("model", "value"), ["a", "b"], rows_of)
+    assert asked == ["a", "b"]
+    assert first == second[:2] == [{"model": "a", "value": "1"}, {"model": "a", "value": "2"}]
+    assert out.read_text() == "model,value\na,1\na,2\nb,1\nb,2\n"
+
+
+def test_a_process_of_its_own_says_what_it_died_of() -> None:
+    with pytest.raises(RuntimeError, match="unrecognized arguments: --nonsense"):
+        common.in_process("eight_bits", "--nonsense")
+    with pytest.raises(RuntimeError, match="took longer than 0 s"):
+        common.in_process("eight_bits", "--help", limit=0.01)
