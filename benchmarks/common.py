@@ -96,7 +96,7 @@ def complete(
     out: Path, columns: Sequence[str], names: Iterable[str], rows_of: Callable[[str], list[dict[str, Any]]]
 ) -> list[dict[str, str]]:
     """The rows of a CSV file, once those of the `names` that its first column lacks are added, name by name."""
-    rows = list(csv.DictReader(out.open())) if out.exists() else []
+    rows = list(csv.DictReader(out.read_text().splitlines())) if out.exists() else []
     for name in names:
         if name in {row[columns[0]] for row in rows}:
             continue
