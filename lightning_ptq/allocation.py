@@ -16,11 +16,11 @@ from lightning_ptq.graph.units import Chain
 from lightning_ptq.quantizers import ActQuantizer
 from lightning_ptq.sensitivity import BITS, Sensitivity
 
-# What a weight's error counts for, by its bits, once its rounding is learned; sensitivities are those of rounding to
-# nearest. Less than learning it alone leaves (0.5, 0.6, 0.7, 0.9 with 2, 3, 4, 8 bits: `benchmarks.rounding_gain`), for
-# corrections and the last epoch take more from weights than from activations. Chosen on calibration images of ResNet-20
-# that were not drawn, by the agreement with 3 bits on average, three seeds.
-LEARNED = {2: 0.05, 3: 0.12, 4: 0.22, 5: 0.4, 6: 0.6, 8: 1.0}
+# What a weight's error at 2, 3, 4 and 8 bits counts for once its rounding is learned; sensitivities are those of
+# rounding to nearest. Less than learning it alone leaves (0.5, 0.6, 0.7, 0.9: `python -m benchmarks.rounding_gain`),
+# since corrections and the last epoch take more from weights than from activations: on held-out calibration images of
+# ResNet-20 with 3 bits on average these gave the better network, for both seeds tried.
+LEARNED = {2: 0.1, 3: 0.2, 4: 0.3, 8: 1.0}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from lightning_ptq.metrics import mi_lower_bound
 from lightning_ptq.quantizers import ActQuantizer, float_mode, forget_ranges
 from lightning_ptq.weights import WeightQuantizer
 
-BITS = (2, 3, 4, 5, 6, 8)
+BITS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True)
