@@ -66,11 +66,14 @@ def estimate_ranges(student: Chain, images: Tensor, config: QuantConfig, device:
         gather: tensor -> that tensor of every process, so that all processes get the same ranges.
 
     Raises:
-        PTQError: NaN or infinite activations, naming the unit, or images the network can't take.
+        PTQError: NaN or infinite weights or activations, naming the layer or unit, or images the network can't take.
     """
-    for _, layer in quantized_layers(student):
+    for name, layer in quantized_layers(student):
         w = layer.weight_quantizer
-        w.set_range(layer.weight, *weight_range(layer.weight, w, config))
+        try:
+            w.set_range(layer.weight, *weight_range(layer.weight, w, config))
+        except PTQError as error:
+            raise PTQError(f"layer {name!r}: {error}. Check the model's weights.") from None
     for q, histogram in observe(student, images, device, gather).items():
         q.start(histogram, config.act_range)
 

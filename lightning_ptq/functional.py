@@ -119,7 +119,7 @@ class _FakeQuantize(torch.autograd.Function):
         grad_x = torch.ops.aten.hardtanh_backward(grad, position, ctx.low - 0.5, ctx.high + 0.5)
         grad_log_scale = None
         if ctx.needs_input_grad[1]:
-            factor = (x.numel() * max(-ctx.low, ctx.high)) ** -0.5
+            factor = (max(x.numel(), 1) * max(-ctx.low, ctx.high)) ** -0.5
             grad_log_scale = (dot(grad, y) - dot(grad_x, x)) * factor
         return grad_x, grad_log_scale, None, None, None
 
