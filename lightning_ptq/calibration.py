@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 
@@ -165,8 +166,8 @@ def finish_unit(
     out = cache.student_out()
     after = error(out[rows])
     before, after = mean(torch.stack([before, after])).tolist()
-    # Not `after > before`: a NaN must be rejected too.
-    accepted = after <= before and scales_are_finite(unit)
+    # Not `after > before`: a NaN must be rejected too, and an error that overflows says nothing.
+    accepted = after <= before and math.isfinite(after) and scales_are_finite(unit)
     if not accepted:
         restore_initial(unit)
         out, after = cache.student_out(), before

@@ -58,6 +58,14 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return (q - zero_point) * scale
 
 
+def saturated(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """`y` (float32) as `dtype`. A grid may end beyond the largest number of float16, which then stands for its end."""
+    if dtype == torch.float16:
+        limit = torch.finfo(dtype).max
+        y = y.clamp(-limit, limit)
+    return y.to(dtype)
+
+
 def swap_channels(weight: Tensor, groups: int) -> Tensor:
     """A convolution's weight (O, I/groups, ...) as that of a transposed convolution (I, O/groups, ...), or back."""
     return weight.view(groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
