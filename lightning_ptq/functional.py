@@ -58,6 +58,14 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return (q - zero_point) * scale
 
 
+def binade(x: Tensor) -> Tensor:
+    """The power of two at or next below every positive number of `x`; 1 for 0.
+
+    Dividing by it changes no bit but those of the exponent, so that squares neither overflow nor vanish.
+    """
+    return torch.where(x > 0, x / (2.0 * torch.frexp(x).mantissa), 1.0)
+
+
 def saturated(y: Tensor, dtype: torch.dtype) -> Tensor:
     """`y` (float32) as `dtype`. A grid may end beyond the largest number of float16, which then stands for its end."""
     if dtype == torch.float16:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_ptq.config import RangeName
 from lightning_ptq.errors import PTQError
-from lightning_ptq.functional import MIN_SCALE, integer_range, qparams
+from lightning_ptq.functional import MIN_SCALE, binade, integer_range, qparams
 
 # Two-sided mass that the percentile estimator clips.
 PERCENTILE = 0.9999
@@ -166,9 +166,7 @@ def search_mse(values: Tensor, counts: Tensor, bits: int, symmetric: bool) -> tu
     """
     qmin, qmax = integer_range(bits, symmetric)
     low, high = values.amin(1), values.amax(1)
-    # In units of a power of two near each row's largest value: no square can overflow, and no bit of the result changes.
-    largest = torch.maximum(-low, high)
-    unit = torch.where(largest > 0, largest / (2.0 * torch.frexp(largest).mantissa), 1.0)  # (R,)
+    unit = binade(torch.maximum(-low, high))  # (R,): no square overflows, and no bit of the result changes
     values, low, high = values / unit[:, None], low / unit, high / unit
     base, center = qparams(low, high, bits, symmetric)  # (R,)
     best_error = torch.full_like(base, float("inf"))
