@@ -70,7 +70,9 @@ def gaussian(student: Tensor, teacher: Tensor, temperature: float, deviation: Te
     """-|s - t|^2 / (2 deviation^2) over the temperature, for every student feature s and every teacher feature t.
 
     With the root mean square distance of the teacher's features to their mean as deviation (), two images are -1 apart
-    on average before the temperature divides; 0, where all look alike, counts as 1. Shapes: (B, D) and (N, D) -> (B, N).
+    on average before the temperature divides; 0, where all look alike, counts as 1.
+
+    Shapes: (B, D) and (N, D) -> (B, N).
     """
     student, teacher = student.float(), teacher.float()
     # Squares are expanded: pairwise differences would need B x N x D numbers. Centred, so that little cancels.

@@ -25,7 +25,6 @@ ACTIVATIONS: tuple[Any, ...] = (
     torch.sigmoid,
     nn.ReLU(inplace=True),
     nn.LeakyReLU(0.1),
-    nn.PReLU(dtype=torch.float64),
     lambda x: x.clamp(-1, 1),
     lambda x: F.leaky_relu(x, 0.2, inplace=True),
 )
@@ -148,7 +147,10 @@ PLANS = st.recursive(
     max_leaves=6,
 )
 NETS = st.tuples(
-    st.lists(PLANS, min_size=1, max_size=5), st.sampled_from(["dense", "mean", "flat"]), st.booleans(), st.integers(0, 99)
+    st.lists(PLANS, min_size=1, max_size=5),
+    st.sampled_from(["dense", "mean", "flat"]),
+    st.booleans(),
+    st.integers(0, 99),
 )
 
 
@@ -173,15 +175,17 @@ def close(found: Tensor, truth: Tensor) -> bool:
 
 
 @given(NETS, st.sampled_from(get_args(Granularity)), st.sampled_from(["paper", "hardware"]), st.booleans())
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @torch.no_grad()
 def test_the_chain_is_the_network(net: Any, granularity: Any, placement: Any, pairs: bool) -> None:
     model = network(*net)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     x = torch.rand(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     kept, truth = x.clone(), model(x)
-    config = QuantConfig(placement=placement, weight_symmetric=placement == "hardware", pairs="smooth" if pairs else "none")
-    chains = build_chain(model, config, granularity)
+    config = QuantConfig(
+        placement=placement, weight_symmetric=placement == "hardware", pairs="smooth" if pairs else "none"
+    )
+    chains = build_chain(model, config, granularity, image_shape=(3, 6, 6))
     # The model is left as it was, and so is the image, whatever works in place.
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     for chain in (chains.teacher, chains.student):
