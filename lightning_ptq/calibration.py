@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 
@@ -66,11 +67,14 @@ def estimate_ranges(student: Chain, images: Tensor, config: QuantConfig, device:
         gather: tensor -> that tensor of every process, so that all processes get the same ranges.
 
     Raises:
-        PTQError: NaN or infinite activations, naming the unit, or images the network can't take.
+        PTQError: NaN or infinite weights or activations, naming the layer or unit, or images the network can't take.
     """
-    for _, layer in quantized_layers(student):
+    for name, layer in quantized_layers(student):
         w = layer.weight_quantizer
-        w.set_range(layer.weight, *weight_range(layer.weight, w, config))
+        try:
+            w.set_range(layer.weight, *weight_range(layer.weight, w, config))
+        except PTQError as error:
+            raise PTQError(f"layer {name!r}: {error}. Check the model's weights.") from None
     for q, histogram in observe(student, images, device, gather).items():
         q.start(histogram, config.act_range)
 
@@ -162,8 +166,8 @@ def finish_unit(
     out = cache.student_out()
     after = error(out[rows])
     before, after = mean(torch.stack([before, after])).tolist()
-    # Not `after > before`: a NaN must be rejected too.
-    accepted = after <= before and scales_are_finite(unit)
+    # Not `after > before`: a NaN must be rejected too, and an error that overflows says nothing.
+    accepted = after <= before and math.isfinite(after) and scales_are_finite(unit)
     if not accepted:
         restore_initial(unit)
         out, after = cache.student_out(), before

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_ptq.cache import Minibatch
-from lightning_ptq.datasets import ImageFiles, collate, image_of, stack_images
+from lightning_ptq.datasets import ImageFiles, Readable, collate, image_of, stack_images
 from lightning_ptq.errors import PTQError
 
 Shape = tuple[int, int, int]
@@ -123,7 +123,8 @@ class CalibrationDataModule(L.LightningDataModule):
     def image_shape(self) -> Shape | None:
         """Shape (C, H, W) of an image, read from the first one unless the transforms determine it; None if unknown."""
         with _seeded(self.draw_seed):
-            return _shape(image_of(self._calibration[0], "calibration image 0"))
+            images = (self._calibration[i] for i in range(len(cast(Sized, self._calibration))))
+            return next((_shape(image_of(image, "calibration image 0")) for image in images if image is not None), None)
 
     @property
     def draw_seed(self) -> int:
@@ -143,7 +144,30 @@ class CalibrationDataModule(L.LightningDataModule):
             PTQError: no images, one that cannot be read, or images that are not finite or differ in shape.
         """
         with _seeded(self.draw_seed):
-            return stack_images(self._draw(rank, world_size))
+            images = stack_images(self._draw(rank, world_size))
+        self._warn_of_unread(vars(self).get("_calibration"), "calibration")
+        return images
+
+    @property
+    def unread_images(self) -> tuple[int, int]:
+        """How many images of calibration and of validation this process could not read, and skipped, so far."""
+        calibration, validation = (vars(self).get(name) for name in ("_calibration", "_validation"))
+        return _unread(calibration), _unread(validation)
+
+    def teardown(self, stage: str) -> None:
+        """Say how many validation images were skipped."""
+        self._warn_of_unread(vars(self).get("_validation"), "validation")
+
+    @staticmethod
+    def _warn_of_unread(dataset: Dataset[Any] | None, role: str) -> None:
+        if count := _unread(dataset):
+            assert isinstance(dataset, Readable)
+            first = dataset.paths[int(dataset.unread.int().argmax())]
+            warnings.warn(
+                f"{count} {role} image{'s' * (count > 1)} cannot be read and {'are' if count > 1 else 'is'} skipped "
+                f"(data.skip_bad_images); the first is '{first}'.",
+                stacklevel=2,
+            )
 
     def _draw(self, rank: int, world_size: int) -> Iterator[tuple[str, Any]]:
         """Yield (name, sample) for every image that `rank` draws."""
@@ -154,8 +178,9 @@ class CalibrationDataModule(L.LightningDataModule):
         drawn = order[: self.calibration_samples][rank::world_size].tolist()
         samples = DataLoader(Subset(dataset, drawn), batch_size=None, num_workers=self.num_workers)
         for index, sample in zip(drawn, samples, strict=True):
-            file = f"'{dataset.paths[index]}'" if isinstance(dataset, ImageFiles) else ""
-            yield file or f"Calibration image {index}", sample
+            file = f"'{dataset.paths[index]}'" if isinstance(dataset, ImageFiles | Readable) else ""
+            if sample is not None or not isinstance(dataset, Readable):
+                yield file or f"Calibration image {index}", sample
 
     def _warn_if_short(self, size: int) -> None:
         if 0 < size < self.calibration_samples:
@@ -187,7 +212,8 @@ class CalibrationDataModule(L.LightningDataModule):
         """Loader of the validation data set, in its order; an empty list if there is none."""
         if self._validation is None:
             return []
-        return DataLoader(
+        kind = ReadableLoader if isinstance(self._validation, Readable) else DataLoader
+        return kind(
             self._validation,
             batch_size=self.val_batch_size,
             num_workers=self.num_workers,
@@ -202,6 +228,17 @@ class CalibrationDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> Any:
         """The same as `val_dataloader`."""
         return self.val_dataloader()
+
+
+class ReadableLoader(DataLoader[Any]):
+    """A loader that passes over batches of which no sample could be read."""
+
+    def __iter__(self) -> Any:
+        return (batch for batch in super().__iter__() if batch is not None)
+
+
+def _unread(dataset: Dataset[Any] | None) -> int:
+    return int(dataset.unread.sum()) if isinstance(dataset, Readable) else 0
 
 
 class _LoaderData(CalibrationDataModule):

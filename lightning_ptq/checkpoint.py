@@ -36,11 +36,19 @@ def checked_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def arguments_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the `PTQModule` that wrote a checkpoint: those that decide what it can load, all but the model."""
-    told: dict[str, Any] = checkpoint["lightning_ptq"]
-    quant, settings = dict(told["structure"]), told["settings"]
-    # "": not even the part that would be quantized by default.
-    module = {"granularity": quant.pop("granularity"), "rounding": quant.pop("rounding"), "part": quant.pop("part", "")}
-    module |= {key: settings[key] for key in ("method", "steps_per_unit", "network_steps")}
-    built: dict[str, Any] = told.get("built", {})
-    return module | built | {"quant": QuantConfig(**quant)}
+    """Arguments of the `PTQModule` that wrote a checkpoint: those that decide what it can load, all but the model.
+
+    Raises:
+        PTQError: the checkpoint lacks them.
+    """
+    try:
+        told: dict[str, Any] = checkpoint["lightning_ptq"]
+        quant, settings = dict(told["structure"]), told["settings"]
+        module = {key: quant.pop(key) for key in ("granularity", "rounding")}
+        module["part"] = quant.pop("part", "")  # "": not even the part that would be quantized by default
+        module |= {key: settings[key] for key in ("method", "steps_per_unit", "network_steps")}
+        return module | dict(told.get("built", {})) | {"quant": QuantConfig(**quant)}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, PTQError):
+            raise
+        raise PTQError(f"the checkpoint's settings are not those of lightning_ptq: {error!r}.") from None

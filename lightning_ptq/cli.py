@@ -9,7 +9,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import lightning as L
@@ -246,6 +245,7 @@ class Trainer(L.Trainer):
         datamodule.prepare_data()
         datamodule.setup("fit")
         found = compare(a, b, datamodule.val_dataloader() or chunks(datamodule.calibration_images()))
+        datamodule.teardown("fit")
         print(found.text())
         short = found.shortfalls(least_agreement, least_sqnr_db)
         if short:
@@ -321,12 +321,7 @@ class PTQCLI(LightningCLI):
         }
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning looks for settings in the checkpoint, and raises whatever a damaged one makes torch raise."""
-        try:
-            super()._parse_ckpt_path()
-        except (OSError, RuntimeError, KeyError, ValueError, EOFError, UnpicklingError) as error:
-            path = self.config[self.config.subcommand].ckpt_path
-            raise PTQError(f"ckpt_path={path!r} can't be read: {error}. Give a fit's checkpoints/last.ckpt.") from error
+        """Nothing: Lightning would take settings from the checkpoint, and what they name is imported and called."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The model is told what images it will see: `torch.export` needs to know."""
@@ -349,6 +344,10 @@ class PTQCLI(LightningCLI):
             raise PTQError(
                 f"ckpt_path={path!r} is no file, seen from {str(Path.cwd())!r}. A run leaves RUN/checkpoints/last.ckpt."
             )
+        if path and Path(path).is_file():
+            read_checkpoint(path)  # a damaged one is refused before anything is built
+        if config.get("weights_only", False) is None:
+            config.weights_only = True  # Lightning would run code from a checkpoint that is read from a URL
         self._untrained: str | None = None
         if self.subcommand == "plan":
             model = self.config.plan.model

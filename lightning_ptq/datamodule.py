@@ -16,6 +16,7 @@ from lightning_ptq.datasets import (
     IMAGENET_STD,
     Channels,
     ImageFiles,
+    Readable,
     cifar10,
     digits,
     eval_transform,
@@ -42,6 +43,8 @@ class ImageFolderData(CalibrationDataModule):
         val_batch_size: batch size of the validation loader.
         num_workers: worker processes that decode images.
         seed: seed of the draw; null takes seed_everything's.
+        skip_bad_images: go without images that cannot be read, for calibration and validation; a warning says how many
+            there were, and the summary. By default the first one is an error.
 
     Raises:
         PTQError: a missing or empty folder, sizes that do not fit together, or an image that cannot be read.
@@ -60,21 +63,25 @@ class ImageFolderData(CalibrationDataModule):
         val_batch_size: int = 256,
         num_workers: int = 0,
         seed: int | None = None,
+        skip_bad_images: bool = False,
     ) -> None:
         super().__init__(calibration_samples, val_batch_size, num_workers, seed)
+        self.skip_bad_images = skip_bad_images
         self.root = root
         self.calibration_folder = calibration_folder
         self.validation_folder = validation_folder
         self.crop = crop
         self.transform = eval_transform(mean, std, resize, crop)
 
-    def calibration_dataset(self) -> ImageFiles:
-        return ImageFiles(self._folder(self.calibration_folder, "calibration"), self.transform)
+    def calibration_dataset(self) -> Dataset[Any]:
+        images = ImageFiles(self._folder(self.calibration_folder, "calibration"), self.transform)
+        return Readable(images, images.paths) if self.skip_bad_images else images
 
     def validation_dataset(self) -> Dataset[Any] | None:
         if self.validation_folder is None:
             return None
-        return labelled_images(self._folder(self.validation_folder, "validation"), self.transform)
+        images = labelled_images(self._folder(self.validation_folder, "validation"), self.transform)
+        return Readable(images, [path for path, _ in images.samples]) if self.skip_bad_images else images
 
     def _folder(self, name: str, role: str) -> Path:
         root, folder = Path(self.root), Path(self.root, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,44 @@ class _Normalised(torch.nn.Module):
 
 
 def load_rgb(path: str | Path) -> Image.Image:
-    """Decode the image file `path` completely, as RGB. Raises `PTQError` with the file's name if that fails."""
+    """Decode the image file `path` completely, as RGB.
+
+    Raises:
+        PTQError: that fails, or would take more than `PIL.Image.MAX_IMAGE_PIXELS`; the message names the file.
+    """
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            # Up to twice as many pixels PIL only warns, and decodes them.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return image.convert("RGB")
+    except Exception as error:  # whatever a decoder raises
         raise PTQError(f"'{path}' cannot be read as an image ({error}). Replace or remove the file.") from error
+
+
+class Readable(Dataset[Any]):
+    """A data set of image files with None in place of the samples that cannot be read.
+
+    Args:
+        dataset: raises `PTQError` for a file that cannot be read. paths: of its samples.
+
+    Attributes:
+        unread: which samples could not be read so far, (N,) boolean, in all of a loader's processes.
+    """
+
+    def __init__(self, dataset: Dataset[Any], paths: Sequence[str | Path]) -> None:
+        self.dataset, self.paths = dataset, paths
+        self.unread = torch.zeros(len(paths), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except PTQError:
+            self.unread[index] = True
+            return None
 
 
 class ImageFiles(Dataset[Tensor]):
@@ -109,19 +142,18 @@ class ImageFiles(Dataset[Tensor]):
         return self.transform(load_rgb(self.paths[index]))
 
 
-def labelled_images(folder: str | Path, transform: Callable[[Image.Image], Tensor]) -> Dataset[Any]:
+def labelled_images(folder: str | Path, transform: Callable[[Image.Image], Tensor]) -> ImageFolder:
     """Images of `folder`/<class>/ with the index of the class in alphabetical order as label.
 
     Raises:
         PTQError: no class folder, or one without images; on access, a file that cannot be decoded.
     """
     try:
-        images: Dataset[Any] = ImageFolder(os.fspath(folder), transform=transform, loader=load_rgb)
+        return ImageFolder(os.fspath(folder), transform=transform, loader=load_rgb)
     except FileNotFoundError as error:
         raise PTQError(
             f"'{folder}' is no folder of labelled images ({error}). Give each class a folder of its own."
         ) from error
-    return images
 
 
 def cifar10(root: str | Path, *, train: bool, mean: Sequence[float], std: Sequence[float]) -> Dataset[Any]:
@@ -172,7 +204,13 @@ def image_of(item: Any, name: str) -> Tensor:
 
 
 def collate(samples: list[Any]) -> Any:
-    """torch's default batch of validation samples; raises `PTQError` if their images differ in shape."""
+    """torch's default batch of validation samples; raises `PTQError` if their images differ in shape.
+
+    Samples that could not be read are None and left out; a batch of nothing else is None.
+    """
+    samples = [sample for sample in samples if sample is not None]
+    if not samples:
+        return None
     shapes = {tuple(image_of(sample, "A validation image").shape) for sample in samples}
     if len(shapes) > 1:
         found = ", ".join(map(str, sorted(shapes)[:3]))

@@ -58,6 +58,22 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return (q - zero_point) * scale
 
 
+def binade(x: Tensor) -> Tensor:
+    """The power of two at or next below every positive number of `x`; 1 for 0.
+
+    Dividing by it changes no bit but those of the exponent, so that squares neither overflow nor vanish.
+    """
+    return torch.where(x > 0, x / (2.0 * torch.frexp(x).mantissa), 1.0)
+
+
+def saturated(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """`y` (float32) as `dtype`. A grid may end beyond the largest number of float16, which then stands for its end."""
+    if dtype == torch.float16:
+        limit = torch.finfo(dtype).max
+        y = y.clamp(-limit, limit)
+    return y.to(dtype)
+
+
 def swap_channels(weight: Tensor, groups: int) -> Tensor:
     """A convolution's weight (O, I/groups, ...) as that of a transposed convolution (I, O/groups, ...), or back."""
     return weight.view(groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
@@ -119,7 +135,7 @@ class _FakeQuantize(torch.autograd.Function):
         grad_x = torch.ops.aten.hardtanh_backward(grad, position, ctx.low - 0.5, ctx.high + 0.5)
         grad_log_scale = None
         if ctx.needs_input_grad[1]:
-            factor = (x.numel() * max(-ctx.low, ctx.high)) ** -0.5
+            factor = (max(x.numel(), 1) * max(-ctx.low, ctx.high)) ** -0.5
             grad_log_scale = (dot(grad, y) - dot(grad_x, x)) * factor
         return grad_x, grad_log_scale, None, None, None
 

@@ -6,11 +6,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_ptq.losses.critic import cosine, projected
+from lightning_ptq.losses.critic import cosine, directions, projected
 
 # Label of a pixel that has none, as Pascal VOC and torchvision have it.
 NO_LABEL = 255
@@ -72,13 +71,13 @@ def _log_det_bias(freedom: int, size: int) -> float:
 
 def alignment(student: Tensor, teacher: Tensor) -> float:
     """Mean squared distance of paired rows on the unit sphere, in [0, 4] (Wang and Isola 2020). Shapes: both (N, D)."""
-    return float((normalize(student.float(), dim=1) - normalize(teacher.float(), dim=1)).square().sum(1).mean())
+    return float((directions(student) - directions(teacher)).square().sum(1).mean())
 
 
 def uniformity(rows: Tensor) -> float:
     """log of the mean of exp(-2 |a - b|^2) over pairs of rows on the unit sphere, in [-8, 0]: low where they are spread
     out (Wang and Isola 2020). nan for a single row. Shape: (N, D)."""
-    squares = torch.pdist(normalize(rows.float(), dim=1)).square()
+    squares = torch.pdist(directions(rows)).square()
     return float(squares.mul(-2.0).exp().mean().log()) if len(squares) else math.nan
 
 

@@ -78,7 +78,7 @@ class ActQuantizer(nn.Module):
         with F.in_float32(x.device):
             keep = self.drop.keep(x) if self.drop is not None and torch.is_grad_enabled() else None
             y = F.fake_quantize(x, self.log_scale, self.low, self.high, keep)
-        return y.to(x.dtype)
+        return F.saturated(y, x.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -114,7 +114,7 @@ class LogQuantizer(ActQuantizer):
                 y = y + (value - value.detach()) * inside
                 keep = self.drop.keep(value) if self.drop is not None else None
                 y = y if keep is None else torch.lerp(value, y, keep)
-        return y.to(x.dtype)
+        return F.saturated(y, x.dtype)
 
 
 def act_quantizers(module: nn.Module) -> list[ActQuantizer]:

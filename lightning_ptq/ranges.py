@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_ptq.config import RangeName
 from lightning_ptq.errors import PTQError
-from lightning_ptq.functional import MIN_SCALE, integer_range, qparams
+from lightning_ptq.functional import MIN_SCALE, binade, integer_range, qparams
 
 # Two-sided mass that the percentile estimator clips.
 PERCENTILE = 0.9999
@@ -43,12 +43,14 @@ class Histogram:
         self.counts = torch.zeros(_BINS, dtype=torch.float64)
 
     def update(self, x: Tensor) -> None:
-        """Add the elements of `x` (any shape, not empty).
+        """Add the elements of `x` (any shape).
 
         Raises:
-            PTQError: `x` holds NaN or infinity.
+            PTQError: `x` is empty, or holds NaN or infinity.
         """
         x = x.detach().float()
+        if not x.numel():
+            raise PTQError(f"no values (shape {tuple(x.shape)})")
         low, high = (float(v) for v in torch.aminmax(x))
         if not (math.isfinite(low) and math.isfinite(high)):
             raise PTQError("NaN or infinite values")
@@ -126,7 +128,15 @@ class Histogram:
 def weight_qparams(
     weight: Tensor, method: RangeName, bits: int, symmetric: bool, per_channel: bool
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of a weight (O, ...): both (O,) per channel, (1,) per tensor."""
+    """Scale and zero point of a weight (O, ...): both (O,) per channel, (1,) per tensor.
+
+    Raises:
+        PTQError: the weight is empty, or holds NaN or infinity.
+    """
+    if not weight.numel():
+        raise PTQError(f"its weight has no values (shape {tuple(weight.shape)})")
+    if not weight.isfinite().all():
+        raise PTQError("its weight holds NaN or infinite values")
     rows = weight.detach().float().reshape(weight.shape[0] if per_channel else 1, -1)
     if method == "mse":
         # Rows have nothing to do with one another; a few at a time stay in the CPU's cache, which is five times faster.
@@ -156,6 +166,8 @@ def search_mse(values: Tensor, counts: Tensor, bits: int, symmetric: bool) -> tu
     """
     qmin, qmax = integer_range(bits, symmetric)
     low, high = values.amin(1), values.amax(1)
+    unit = binade(torch.maximum(-low, high))  # (R,): no square overflows, and no bit of the result changes
+    values, low, high = values / unit[:, None], low / unit, high / unit
     base, center = qparams(low, high, bits, symmetric)  # (R,)
     best_error = torch.full_like(base, float("inf"))
     best_scale, best_zero = base.clone(), center.clone()
@@ -180,7 +192,7 @@ def search_mse(values: Tensor, counts: Tensor, bits: int, symmetric: bool) -> tu
         best_error, best_scale, best_zero = _keep_better(
             values, counts, scale.to(base.dtype), best_zero, qmin, qmax, best_error, best_scale, best_zero
         )
-    return best_scale.float().clamp(min=MIN_SCALE), best_zero.float()
+    return (best_scale * unit).float().clamp(min=MIN_SCALE), best_zero.float()
 
 
 def _integers(values: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int) -> Tensor:

@@ -62,11 +62,16 @@ class RunSummary(Callback):
         module: PTQModule = pl_module  # type: ignore[assignment]
         module.judge_last_unit()
         folder = run_folder(trainer)
-        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        unread = torch.tensor(trainer.datamodule.unread_images, device=module.device)  # type: ignore[attr-defined]
+        skipped = trainer.strategy.reduce(unread, reduce_op="sum").tolist()
+        if not trainer.is_global_zero:
             return
         module.session.wall_seconds["total"] += time.monotonic() - self._start
         # What was measured before the last epoch says nothing about the network as it is now.
         summary = summarize(module, trainer, self.metrics if self.epoch == trainer.current_epoch - 1 else {})
+        summary["skipped_images"] = dict(zip(("calibration", "validation"), skipped, strict=True))
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "summary.json", summary)
         bar = trainer.progress_bar_callback

@@ -220,3 +220,22 @@ def test_odd_but_possible_input_is_calibrated_with_finite_scales(
     assert all(p.isfinite().all() for p in module.student.parameters())
     with torch.no_grad():
         assert module(images).isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["adaround", "qdrop", "flexround"])
+def test_a_unit_whose_error_overflows_is_left_as_rounded_to_nearest(tmp_path: Path, method: str) -> None:
+    """Activations of 1e25 have squares beyond float32: no error can be compared, and none is believed."""
+    images = 1e25 * tiny_images(16)
+    module = module_of(tiny_net(), method=method)
+    trainer(tmp_path).fit(module, datamodule=data_of(images))
+    assert not any(report.accepted for report in module.reports[:-1])
+    with torch.no_grad():
+        assert module(images).isfinite().all()
+
+
+def test_weights_behind_the_last_activation_are_looked_at_too(tmp_path: Path) -> None:
+    """What the last layer gives is observed by no quantizer."""
+    net = tiny_net()
+    net.fc.weight.data[0, 0] = float("nan")
+    with pytest.raises(PTQError, match=r"layer '.*fc': its weight holds NaN .*Check the model's weights"):
+        trainer(tmp_path).fit(module_of(net), datamodule=tiny_data())

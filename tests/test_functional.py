@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_ptq import functional as F
+from tests.strategies import MAGNITUDES, rows
 
 
 def brute_force(x: float, scale: float, zero_point: int, qmin: int, qmax: int) -> float:
@@ -143,3 +146,86 @@ def test_a_gradient_in_another_layout_changes_nothing() -> None:
     for other in results[1:]:
         torch.testing.assert_close(other, results[0])
     assert results[0][0].stride() == x.stride()
+
+
+# ---- any magnitude, any zero point ----
+
+fast = settings(max_examples=60, deadline=None, derandomize=True)
+BITS = st.sampled_from([2, 3, 4, 5, 8, 16])
+
+
+@given(BITS, st.booleans(), MAGNITUDES, st.floats(0, 1), st.integers(0, 2**16))
+@fast
+def test_every_integer_survives_dequantize_and_quantize(
+    bits: int, symmetric: bool, scale: float, where: float, seed: int
+) -> None:
+    qmin, qmax = F.integer_range(bits, symmetric)
+    q = torch.randint(qmin, qmax + 1, (200,), generator=torch.Generator().manual_seed(seed)).float()
+    q[:2] = torch.tensor([qmin, qmax])
+    s, zero = torch.tensor(scale), torch.tensor(qmin + where * (qmax - qmin)).round()
+    assert torch.equal(F.quantize(F.dequantize(q, s, zero), s, zero, qmin, qmax), q)
+
+
+@given(rows(most=1), BITS, st.booleans())
+@fast
+def test_any_tensor_is_rounded_to_its_grid_in_order(x: Tensor, bits: int, symmetric: bool) -> None:
+    """Against float64: half a step at most inside the grid, the grid's end outside, and no two values change places."""
+    qmin, qmax = F.integer_range(bits, symmetric)
+    scale, zero = F.qparams(x.min(), x.max(), bits, symmetric)
+    # What lies beyond the calibrated range is clamped.
+    x = torch.cat([x[0], x[0] * 1.7, x.new_tensor([0.0, 1e30, -1e30, 1e-30, -1e-30])]).sort().values
+    low, high = qmin - float(zero), qmax - float(zero)
+    y = F.fake_quantize(x, scale.log(), low, high)
+    step = scale.log().exp().double()
+    inside = (x.double() / step).clamp(low, high) * step
+    assert ((y.double() - inside).abs() <= step * 0.5001).all()
+    assert (y.diff() >= 0).all()
+    again = F.fake_quantize(y, scale.log(), low, high)
+    assert torch.equal(again, y), "what lies on the grid stays"
+
+
+def test_what_is_not_a_number_stays_so_and_spoils_nothing_else() -> None:
+    x = torch.tensor([1.0, float("nan"), -3.0])
+    y = F.fake_quantize(x, torch.tensor(0.0), -2.0, 1.0)
+    assert y.isnan().tolist() == [False, True, False]
+    assert F.quantize(x, torch.tensor(1.0), torch.tensor(2.0), 0, 3).isnan().tolist() == [False, True, False]
+
+
+@given(rows(most=1), st.integers(-38, 30), st.booleans(), st.integers(0, 2**16))
+@fast
+def test_gradients_are_the_formula_s_at_any_magnitude(x: Tensor, power: int, drop: bool, seed: int) -> None:
+    """LSQ's gradient element by element, in Python's floats."""
+    x = x[0].clone()
+    low, high = -3.0, 4.0
+    scale = max(10.0**power, F.MIN_SCALE)
+    log_scale = torch.tensor(scale).log().requires_grad_()
+    generator = torch.Generator().manual_seed(seed)
+    grad = torch.randn(x.shape, generator=generator)
+    keep = torch.randint(0, 2, x.shape, generator=generator).float() if drop else None
+    x.requires_grad_()
+    y = F.fake_quantize(x, log_scale, low, high, keep)
+    y.backward(grad)
+    step, expected_x, expected_scale, size = float(log_scale.detach().exp()), [], 0.0, 0.0
+    kept = [1.0] * len(x) if keep is None else keep.tolist()
+    for v, g, quantized in zip(x.tolist(), grad.tolist(), kept, strict=True):
+        position = v / step
+        inside = low - 0.5 < position < high + 0.5
+        expected_x.append(g if inside or not quantized else 0.0)
+        if quantized:
+            rounded = min(max(round(position), low), high) * step
+            part = g * (rounded - v) if inside else g * rounded
+            expected_scale += part
+            size += abs(g) * (abs(rounded) + (abs(v) if inside else 0.0))
+        else:
+            size += abs(g * v)
+    factor = (len(x) * 4.0) ** -0.5
+    assert x.grad is not None
+    assert x.grad.tolist() == pytest.approx(expected_x)
+    assert log_scale.grad is not None
+    assert abs(float(log_scale.grad) - expected_scale * factor) <= 1e-5 * size * factor + 1e-30
+
+
+def test_an_empty_tensor_passes_in_both_directions() -> None:
+    x, log_scale = torch.empty(0, 3, requires_grad=True), torch.tensor(0.0, requires_grad=True)
+    F.fake_quantize(x, log_scale, -2.0, 1.0).sum().backward()
+    assert float(log_scale.grad) == 0.0

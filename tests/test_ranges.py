@@ -4,10 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from lightning_ptq.errors import PTQError
-from lightning_ptq.functional import integer_range, qparams, quantize
+from lightning_ptq.functional import MIN_SCALE, integer_range, qparams, quantize
 from lightning_ptq.ranges import Histogram, search_mse, weight_qparams
+from tests.strategies import rows
 
 
 def error_of(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int, symmetric: bool) -> float:
@@ -129,3 +131,114 @@ def test_least_squares_never_raises_the_error() -> None:
         return (((q - z[:, None]) * s[:, None] - rows) ** 2 * counts).sum(1)
 
     assert (error(scale, zero) <= error(base, center) + 1e-4).all()
+
+
+# ---- any magnitude, any kind of row ----
+
+GRIDS = st.sampled_from([(2, False), (3, False), (4, False), (8, False), (16, False), (2, True), (4, True), (8, True)])
+fast = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+def check_covers(x: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool) -> None:
+    """A usable grid that keeps each value of its range to half a step, in float64."""
+    qmin, qmax = integer_range(bits, symmetric)
+    assert scale.dtype == zero.dtype == torch.float32
+    assert ((scale >= MIN_SCALE) & scale.isfinite()).all()
+    assert ((zero == zero.round()) & (zero >= qmin) & (zero <= qmax)).all()
+    s, z = scale.double()[:, None], zero.double()[:, None]
+    y = (quantize(x.double(), s, z, qmin, qmax) - z) * s
+    # A zero point is an integer, so that the range may end half a step before the data: the error is a step there.
+    assert ((y - x.double()).abs() <= s * 1.0001).all()
+
+
+@given(rows(), GRIDS)
+@fast
+def test_minmax_covers_every_row(x: Tensor, grid: tuple[int, bool]) -> None:
+    scale, zero = weight_qparams(x, "minmax", *grid, per_channel=True)
+    check_covers(x, scale, zero, *grid)
+
+
+@given(rows(), GRIDS.filter(lambda grid: grid[0] <= 8), st.sampled_from(["mse", "percentile"]))
+@fast
+def test_the_search_never_does_worse_than_minmax(x: Tensor, grid: tuple[int, bool], method: str) -> None:
+    plain = weight_qparams(x, "minmax", *grid, per_channel=True)
+    found = weight_qparams(x, method, *grid, per_channel=True)
+    for c in range(len(x)):
+        unit = float(x[c].abs().max()) or 1.0
+        ours, theirs = (error_of(x[c], s[c], z[c], *grid) / unit**2 for s, z in (found, plain))
+        # Steps below MIN_SCALE are not to be had; what is that small is nothing to a network.
+        assert ours <= theirs * 1.0001 + 1e-12 or float(plain[0][c]) < 4 * MIN_SCALE
+
+
+@given(rows(), GRIDS.filter(lambda grid: grid[0] <= 8), st.integers(-12, 90))
+@fast
+def test_ranges_grow_with_the_weights_to_the_last_bit(x: Tensor, grid: tuple[int, bool], power: int) -> None:
+    """A row that is larger by a power of two has a scale that is larger by it, and the same zero point."""
+    x = x / (x.abs().amax(1, keepdim=True) + 1e-30)
+    small, large = (weight_qparams(w, "mse", *grid, per_channel=True) for w in (x, x.double().mul(2.0**power).float()))
+    usable = (small[0] > MIN_SCALE) & (large[0] > MIN_SCALE)
+    assert torch.equal(large[0][usable].double(), small[0][usable].double() * 2.0**power)
+    assert torch.equal(large[1][usable], small[1][usable])
+
+
+@given(rows(), GRIDS.filter(lambda grid: grid[0] <= 8))
+@fast
+def test_a_channel_is_searched_as_if_it_were_alone(x: Tensor, grid: tuple[int, bool]) -> None:
+    together = weight_qparams(x, "mse", *grid, per_channel=True)
+    for c in range(len(x)):
+        alone = weight_qparams(x[c : c + 1], "mse", *grid, per_channel=True)
+        unit = float(x[c].abs().max()) or 1.0
+        ours, theirs = (error_of(x[c], s, z, *grid) / unit**2 for s, z in ((together[0][c], together[1][c]), alone))
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-12)
+
+
+@given(st.lists(rows(most=1), min_size=1, max_size=4), st.lists(rows(most=1), min_size=1, max_size=4))
+@fast
+def test_merged_histograms_hold_each_value_in_its_bin(left: list[Tensor], right: list[Tensor]) -> None:
+    """Sorted data against sorted bins, in float64: no value lies further than its bin's half width from its middle."""
+    parts = []
+    for batches in (left, right):
+        parts.append(Histogram())
+        for batch in batches:
+            parts[-1].update(batch)
+    merged = Histogram()
+    for part in parts:
+        merged.merge(Histogram.from_state(part.state()))
+    values = torch.cat([x.flatten() for x in (*left, *right)]).double().sort().values
+    assert (merged.low, merged.high) == (float(values[0]), float(values[-1]))
+    middles = merged.centers().repeat_interleave(merged.counts.long())
+    assert len(middles) == len(values)
+    assert ((middles - values).abs() <= 0.502 * merged.width).all()
+
+
+@given(rows(), GRIDS, st.sampled_from(["minmax", "mse", "percentile"]))
+@fast
+def test_a_histogram_gives_a_usable_grid_whatever_it_saw(x: Tensor, grid: tuple[int, bool], method: str) -> None:
+    histogram = Histogram()
+    for batch in x:
+        histogram.update(batch)
+    scale, zero = (v[None] for v in histogram.qparams(method, *grid))
+    if method == "minmax":
+        check_covers(x.view(1, -1), scale, zero, *grid)
+    assert ((scale >= MIN_SCALE) & scale.isfinite() & zero.isfinite()).all()
+    plain = qparams(x.min(), x.max(), *grid)
+    unit = float(x.abs().max()) or 1.0
+    if method == "mse":
+        ours, theirs = (error_of(x, s, z, *grid) / unit**2 for s, z in ((scale, zero), plain))
+        # Bins, of which 4096 hold the range, stand for their middle.
+        assert ours <= theirs * 1.01 + 1e-7 or float(plain[0]) < 4 * MIN_SCALE
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("method", ["minmax", "mse", "percentile"])
+def test_weights_that_are_not_finite_are_refused(bad: float, method: str) -> None:
+    with pytest.raises(PTQError, match="NaN or infinite"):
+        weight_qparams(torch.tensor([[1.0, bad], [0.5, 2.0]]), method, 4, False, True)
+
+
+def test_nothing_has_no_range() -> None:
+    with pytest.raises(PTQError, match=r"no values \(shape \(0, 3\)\)"):
+        Histogram().update(torch.empty(0, 3))
+    for shape in ((0, 3), (3, 0)):
+        with pytest.raises(PTQError, match=r"no values"):
+            weight_qparams(torch.empty(shape), "mse", 4, False, True)

@@ -93,18 +93,20 @@ def load_packed(path: str | Path, model: nn.Module) -> Chain:
         PTQError: no packed file, one that is damaged or was changed, of a later version, or of another model.
     """
     tensors, metadata = read(Path(path))
-    chains = build_chain(
-        model.eval(),
-        QuantConfig(**metadata["quant"]),
-        metadata["granularity"],
-        leaf_modules=metadata["leaf_modules"],
-        image_shape=metadata["image_shape"],
-    )
-    student = chains.student
-    if metadata["bits"] is not None:
-        apply(student, metadata["bits"]["weights"], metadata["bits"]["activations"])
-    expected = {name: tuple(tensor.shape) for name, tensor in packed_tensors(student).items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    try:
+        student = build_chain(
+            model.eval(),
+            QuantConfig(**metadata["quant"]),
+            metadata["granularity"],
+            leaf_modules=metadata["leaf_modules"],
+            image_shape=metadata["image_shape"],
+        ).student
+        if metadata["bits"] is not None:
+            apply(student, metadata["bits"]["weights"], metadata["bits"]["activations"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PTQError(f"{str(path)!r} holds settings that save_packed does not write: {error!r}.") from None
+    expected = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in packed_tensors(student).items()}
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     if expected != found:
         wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
         raise PTQError(

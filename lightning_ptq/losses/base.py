@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_ptq.functional import in_float32
+from lightning_ptq.functional import binade, in_float32
 from lightning_ptq.losses.gather import processes
 
 # Steps at the start of a unit over which the weight of a balanced term is measured; then it is frozen.
@@ -179,5 +179,7 @@ def _gradient_norm(value: Tensor, at: Tensor) -> Tensor:
     # Half precision would lose the small gradients of a mean over many elements.
     factor = 2.0**16 if at.dtype == torch.float16 else 1.0
     (gradient,) = torch.autograd.grad(value * factor, at, retain_graph=True)
-    norm: Tensor = gradient.float().norm() / factor
+    gradient = gradient.float()
+    unit = binade(gradient.abs().max())
+    norm: Tensor = (gradient / unit).norm() * (unit / factor)
     return norm

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_ptq.config import check_option
 from lightning_ptq.errors import PTQError
+from lightning_ptq.functional import binade
 from lightning_ptq.losses.base import Tail, Term, UnitBatch, channels_first
 from lightning_ptq.losses.critic import (
     Collisions,
@@ -122,14 +123,14 @@ class _Teacher:
 
     Attributes:
         features: (N, D). outputs: (N, classes), averaged over positions.
-        mean: (D,) what is taken off all features. variance: mean squared distance of the features to their mean.
+        mean: (D,) what is taken off all features. deviation: root mean square distance of the features to their mean.
         offset: column of this process's first image.
     """
 
     features: Tensor
     outputs: Tensor
     mean: Tensor
-    variance: Tensor
+    deviation: Tensor
     offset: int
 
 
@@ -196,9 +197,11 @@ class Contrastive(Term):
     def _side(self, features: Tensor, outputs: Tensor, offset: int = 0) -> _Teacher:
         """The teacher's side of features (N, D), with their mean taken off if asked for, and outputs (N, classes)."""
         mean = features.mean(0)
-        variance = (features - mean).square().sum(1).mean()
+        centred = features - mean
+        unit = binade(centred.abs().max())
+        deviation = (centred / unit).square().sum(1).mean().sqrt() * unit
         mean = mean if self.config.center else torch.zeros_like(mean)
-        return _Teacher(features - mean, outputs, mean, variance, offset)
+        return _Teacher(features - mean, outputs, mean, deviation, offset)
 
     def forget(self) -> None:
         """Drop the teacher's side."""
@@ -206,7 +209,7 @@ class Contrastive(Term):
 
     def _similarity(self, student: Tensor, teacher: Tensor, side: _Teacher) -> Tensor:
         if self.config.similarity == "gaussian":
-            return gaussian(student, teacher, self.config.temperature, side.variance)
+            return gaussian(student, teacher, self.config.temperature, side.deviation)
         return cosine(student, teacher, self.config.temperature)
 
     def _loss(self, logits: Tensor, own: Tensor, negatives: Tensor) -> Tensor:

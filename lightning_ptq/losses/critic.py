@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d, normalize
 
+from lightning_ptq.functional import binade
+
 FeatureMap = Literal["tail", "tail-features", "output", "projection", "positions"]
 Similarity = Literal["cosine", "gaussian"]
 Collisions = Literal["argmax", "similarity", "keep"]
 
 # The fixed random projection: positions are averaged down to a grid of this side, and this many numbers come out.
 GRID, PROJECTED = 4, 128
+# Deviations that nothing is further away than: squares of them are numbers still.
+_FAR = 1e15
 
 
 def pooled(x: Tensor) -> Tensor:
@@ -48,26 +52,34 @@ def _projection(size: int) -> Tensor:
     return torch.randn(size, PROJECTED, generator=torch.Generator().manual_seed(size)) / math.sqrt(PROJECTED)
 
 
+def directions(x: Tensor) -> Tensor:
+    """The rows of `x` (N, D) at length 1, float32; rows of zeros stay as they are."""
+    x = x.float()
+    return normalize(x / binade(x.detach().abs().amax(1, keepdim=True)), dim=1)
+
+
 def cosine(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Cosine similarity of every student feature to every teacher feature, over the temperature.
 
     Shapes: (B, D) and (N, D) -> (B, N).
     """
-    return normalize(student.float(), dim=1) @ normalize(teacher.float(), dim=1).T / temperature
+    return directions(student) @ directions(teacher).T / temperature
 
 
-def gaussian(student: Tensor, teacher: Tensor, temperature: float, variance: Tensor) -> Tensor:
-    """-|s - t|^2 / (2 variance) over the temperature, for every student feature s and every teacher feature t.
+def gaussian(student: Tensor, teacher: Tensor, temperature: float, deviation: Tensor) -> Tensor:
+    """-|s - t|^2 / (2 deviation^2) over the temperature, for every student feature s and every teacher feature t.
 
-    With the mean squared distance of the teacher's features to their mean as variance (), two images are -1 apart on
-    average before the temperature divides; 0, where all look alike, counts as 1. Shapes: (B, D) and (N, D) -> (B, N).
+    With the root mean square distance of the teacher's features to their mean as deviation (), two images are -1 apart
+    on average before the temperature divides; 0, where all look alike, counts as 1.
+
+    Shapes: (B, D) and (N, D) -> (B, N).
     """
     student, teacher = student.float(), teacher.float()
     # Squares are expanded: pairwise differences would need B x N x D numbers. Centred, so that little cancels.
-    mean = teacher.mean(0)
-    student, teacher = student - mean, teacher - mean
+    mean, deviation = teacher.mean(0), torch.where(deviation > 0, deviation, 1.0)
+    student, teacher = (((x - mean) / deviation).clamp(-_FAR, _FAR) for x in (student, teacher))
     squares = student.square().sum(1)[:, None] + teacher.square().sum(1) - 2.0 * student @ teacher.T
-    return -squares.clamp(min=0.0) / (2.0 * temperature * torch.where(variance > 0, variance, 1.0))
+    return -squares.clamp(0.0, _FAR) / (2.0 * temperature)
 
 
 def find_negatives(

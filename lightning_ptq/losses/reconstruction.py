@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from lightning_ptq.functional import dot
+from lightning_ptq.functional import binade, dot
 from lightning_ptq.losses.base import Term, UnitBatch, channels_first
 
 
@@ -66,5 +66,7 @@ class RelativeReconstruction(Term):
         self.weight = weight
 
     def forward(self, batch: UnitBatch) -> Tensor:
-        student, teacher = batch.student_out.float(), batch.teacher_out.float()
-        return self.weight * mse_loss(student, teacher) / teacher.var().clamp(min=1e-8)
+        unit = binade(batch.teacher_out.abs().max().float())
+        student, teacher = batch.student_out.float() / unit, batch.teacher_out.float() / unit
+        variance = teacher.var(correction=min(1, teacher.numel() - 1))
+        return self.weight * mse_loss(student, teacher) / variance.clamp(min=1e-8)

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 import lightning_ptq as ptq
 from lightning_ptq import PTQError, QuantConfig
-from lightning_ptq.export.packed import digest, pack_bits, packed_size, unpack_bits
+from lightning_ptq.export.packed import digest, fill, layers_of, pack_bits, packed_size, packed_tensors, unpack_bits
+from lightning_ptq.graph import build_chain
 from lightning_ptq.models import resnet20
+from lightning_ptq.ranges import weight_qparams
 from tests.helpers import TinyNet, tiny_data, tiny_images, tiny_module, trainer
+from tests.strategies import MAGNITUDES
 
 
 def fitted(folder: Path, quant: QuantConfig, **changes: Any) -> ptq.PTQModule:
@@ -59,6 +62,43 @@ def test_what_is_loaded_is_bit_equal(tmp_path: Path, quant: QuantConfig, method:
     x = tiny_images(20, seed=7)
     assert torch.equal(student(x), module(x))
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+@given(
+    st.integers(2, 8),
+    st.booleans(),
+    st.sampled_from(["channel", "tensor"]),
+    st.sampled_from(["nearest", "adaround", "flexround"]),
+    st.lists(MAGNITUDES, min_size=5, max_size=5),
+    st.integers(0, 2**16),
+)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@torch.no_grad()
+def test_weights_of_any_size_travel_to_the_last_bit(
+    bits: int, symmetric: bool, per: Any, rounding: str, sizes: list[float], seed: int
+) -> None:
+    """Every channel of another magnitude; integers, scales and zero points against those of the layers themselves."""
+    net = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5)).eval()
+    config = QuantConfig(bits, 4, weight_per=per, weight_symmetric=symmetric, edges="same")
+    here, there = (build_chain(net, config, "layer", rounding=rounding).student for _ in range(2))
+    generator = torch.Generator().manual_seed(seed)
+    for layer in layers_of(here):
+        q, shape = layer.weight_quantizer, layer.weight.shape
+        factors = torch.tensor(sizes[: shape[0]]).view(-1, *[1] * (len(shape) - 1))
+        layer.weight = nn.Parameter(torch.randn(shape, generator=generator) * factors, requires_grad=False)
+        q.set_range(layer.weight, *weight_qparams(layer.weight, "mse", bits, symmetric, per == "channel"))
+        for parameter in (*q.roundings, q.log_gain):
+            parameter += torch.randn(parameter.shape, generator=generator)
+    tensors = packed_tensors(here)
+    fill(there, tensors)
+    for a, b in zip(layers_of(here), layers_of(there), strict=True):
+        p, q = a.weight_quantizer, b.weight_quantizer
+        assert torch.equal(p.integers(a.weight), q.integers(b.weight))
+        assert torch.equal(p.effective_scale, q.effective_scale)
+        assert torch.equal(p.zero_point, q.zero_point)
+        assert torch.equal(p(a.weight), q(b.weight))
+    again = packed_tensors(there)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in tensors.items())
 
 
 class Norms(nn.Module):

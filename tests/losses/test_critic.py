@@ -18,7 +18,7 @@ def test_gaussian_is_the_squared_distance_of_every_pair() -> None:
     # Far from the origin, where expanded squares would cancel.
     student, teacher = torch.randn(3, 5) + 1000.0, torch.randn(4, 5) + 1000.0
     expected = [[-float((s - t).square().sum()) / (2 * 0.2 * 3.0) for t in teacher] for s in student]
-    value = gaussian(student, teacher, 0.2, torch.tensor(3.0))
+    value = gaussian(student, teacher, 0.2, torch.tensor(3.0).sqrt())
     torch.testing.assert_close(value, torch.tensor(expected), rtol=1e-3, atol=1e-3)
 
 
