@@ -5,8 +5,8 @@
 A run is the quickstart with few steps, `lightning-ptq fit ... --ckpt_path last`. It is killed, the same command is
 given again (a third of those are killed as well), until it is done; then its checkpoint is compared bit by bit with
 that of a run that nobody killed. Moments are even in the time of that run behind its imports, each somewhere in its
-share, and found in the killed run by what it was doing then. Others are aimed: into a half-written file, between writing
-and renaming, behind it.
+share, and found in the killed run by what it was doing then. Others are aimed: into a half-written file, between
+writing and renaming, behind it.
 
 One process is forked from this one, which has imported everything already; two are started as from a terminal. Linux
 only.
@@ -42,7 +42,7 @@ from lightning_ptq.export import onnx, packed
 from lightning_ptq.files import write_whole
 
 with contextlib.suppress(ImportError):  # Lightning's logger would import it in every run
-    import torch.utils.tensorboard  # noqa: F401
+    import torch.utils.tensorboard
 
 COLUMNS = (
     "commit", "command", "processes", "signal", "killed", "aim", "phase", "exit_code", "seconds_to_end", "steps_done",
