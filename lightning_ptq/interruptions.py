@@ -53,8 +53,8 @@ class WholeCheckpoints(TorchCheckpointIO):
 class Interruptions(Callback):
     """Whole checkpoints; on SIGTERM a checkpoint after the step in progress, and exit code 143, on all processes alike.
 
-    Lightning 2.6 ends at SIGTERM without a checkpoint and with exit code 0, and its handler makes several processes
-    wait for one another for good: each sends a message from whatever step it is at.
+    Lightning 2.6 ends at SIGTERM without a checkpoint and with exit code 0, for which who forked or spawned the process
+    waits on; and its handler sends a message to the other processes, from whatever step each is at.
     """
 
     def __init__(self) -> None:
@@ -68,6 +68,8 @@ class Interruptions(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the place of Lightning's handler, which put the one before it aside and will put it back."""
         self._terminated = False
+        # Raised in three of Lightning's loops, and not seen by `on_exception` in a process that was forked or spawned.
+        SIGTERMException.code = TERMINATED
         if threading.current_thread() is not threading.main_thread():
             return
         before = trainer._signal_connector._original_handlers.get(signal.SIGTERM)
@@ -98,10 +100,8 @@ class Interruptions(Callback):
             trainer._signal_connector.received_sigterm = self._terminated
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Say in the exit code that the run is not finished, and in the message that another process is the cause."""
-        if isinstance(exception, SIGTERMException):
-            exception.code = TERMINATED
-        elif trainer.world_size > 1 and lost_process(exception):
+        """Say that another process is the cause, where it is."""
+        if trainer.world_size > 1 and lost_process(exception):
             exception.args = (f"{LOST} (process {trainer.global_rank}: {exception})",)
 
 

@@ -25,7 +25,6 @@ from tests.helpers import assert_equal_states, quantization_state, tiny_data, ti
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [
-    pytest.mark.forks,
     pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
     # Of torch's own process group and of Lightning's advice on forked processes.
     pytest.mark.filterwarnings("ignore:.*barrier.*:UserWarning"),
@@ -65,6 +64,24 @@ def saved(folder: Path) -> dict[str, Any]:
     return checkpoint
 
 
+# A parent that fitted may not fork any more, so forks come first.
+
+
+@pytest.mark.forks
+def test_sigterm_at_one_process_ends_both_at_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interruptions, "_ASK_EVERY", 2)
+    two = {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": False}
+    run = trainer(tmp_path / "run", callbacks=[At(9, terminate, rank=1)], **two)
+    with pytest.raises(Exception, match="exit code 143"):
+        run.fit(tiny_module(), datamodule=tiny_data())
+    assert saved(tmp_path / "run")["global_step"] == 10
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    trainer(tmp_path / "whole", **two).fit(tiny_module(), datamodule=tiny_data())
+    trainer(tmp_path / "run", **two).fit(tiny_module(), datamodule=tiny_data(), ckpt_path=last)
+    assert_equal_states(saved(tmp_path / "run")["state_dict"], saved(tmp_path / "whole")["state_dict"])
+
+
+@pytest.mark.forks
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path: Path) -> None:
     folder, writes = tmp_path / "run" / "checkpoints", []
 
@@ -131,19 +148,6 @@ def test_sigterm_ends_behind_a_checkpoint_of_the_step_with_the_shells_exit_code(
     assert signal.getsignal(signal.SIGTERM) is before
     assert saved(tmp_path / "run")["global_step"] == step
     assert_goes_on(tmp_path)
-
-
-def test_sigterm_at_one_process_ends_both_at_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interruptions, "_ASK_EVERY", 2)
-    two = {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": False}
-    run = trainer(tmp_path / "run", callbacks=[At(9, terminate, rank=1)], **two)
-    with pytest.raises(Exception, match="exit code 143"):
-        run.fit(tiny_module(), datamodule=tiny_data())
-    assert saved(tmp_path / "run")["global_step"] == 10
-    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    trainer(tmp_path / "whole", **two).fit(tiny_module(), datamodule=tiny_data())
-    trainer(tmp_path / "run", **two).fit(tiny_module(), datamodule=tiny_data(), ckpt_path=last)
-    assert_equal_states(saved(tmp_path / "run")["state_dict"], saved(tmp_path / "whole")["state_dict"])
 
 
 SCRIPT = """
