@@ -151,14 +151,14 @@ def test_sigterm_ends_behind_a_checkpoint_of_the_step_with_the_shells_exit_code(
 
 
 SCRIPT = """
-import os, signal, sys
+import os, signal
 from pathlib import Path
 
-launched = os.environ.get("LOCAL_RANK") == "1"
-Path(sys.argv.pop(), "second" if launched else "first").write_text(str(os.getpid()))
-if launched and "before" in sys.argv[1:]:
-    os.kill(os.getppid(), signal.SIGKILL)  # before the two have met
-how = sys.argv.pop()
+launched, how = os.environ.get("LOCAL_RANK") == "1", os.environ["HOW"]
+if launched:
+    Path(os.environ["PID"]).write_text(str(os.getpid()))
+    if how == "before":
+        os.kill(os.getppid(), signal.SIGKILL)  # the two have not met yet
 
 import lightning as L
 from lightning_ptq import cli
@@ -185,16 +185,16 @@ cli.main()
 )
 def test_a_process_that_ends_takes_the_other_with_it(tmp_path: Path, how: str, said: str) -> None:
     (tmp_path / "run.py").write_text(SCRIPT)
-    start = time.monotonic()
+    start, told = time.monotonic(), {"HOW": how, "PID": str(tmp_path / "pid"), "PYTHONPATH": str(ROOT)}
     with (tmp_path / "log").open("wb") as log:
         first = subprocess.Popen(
             [sys.executable, tmp_path / "run.py", "fit", "--config=configs/quickstart.yaml",
              "--model.steps_per_unit=10", "--data.init_args.calibration_samples=64", "--trainer.devices=2",
-             "--trainer.strategy=ddp", f"--trainer.default_root_dir={tmp_path}", how, tmp_path],
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, cwd=ROOT,
+             "--trainer.strategy=ddp", f"--trainer.default_root_dir={tmp_path}"],
+            env=os.environ | told | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, cwd=ROOT,
         )  # fmt: skip
         assert first.wait(timeout=300) != 0
-    second = int((tmp_path / "second").read_text())
+    second = int((tmp_path / "pid").read_text())
     while _lives(second):
         assert time.monotonic() - start < 300
         time.sleep(0.1)
