@@ -29,6 +29,10 @@ _ASK_EVERY = 20
 LAUNCHER = "LIGHTNING_PTQ_LAUNCHER"
 # What gloo and NCCL say when a process at the other end is gone.
 _GONE = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+_LOST = (
+    "another process of this run has ended: its own message says why, if it could leave one. "
+    "Put that right and go on with --ckpt_path last."
+)
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -65,9 +69,16 @@ class Interruptions(Callback):
         if stage == "fit" and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpoints()
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Nobody has told this fit to stop yet."""
+        self._terminated = False
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """As at the start of training, which comes later."""
+        self.on_train_start(trainer, pl_module)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the place of Lightning's handler, which put the one before it aside and will put it back."""
-        self._terminated = False
         # Raised in three of Lightning's loops, and not seen by `on_exception` in a process that was forked or spawned.
         SIGTERMException.code = TERMINATED
         if threading.current_thread() is not threading.main_thread():
@@ -81,13 +92,11 @@ class Interruptions(Callback):
 
         signal.signal(signal.SIGTERM, told)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Have Lightning's loop end here, behind the checkpoint that is written after this callback."""
         if trainer.world_size == 1:
             stop = self._terminated
-        elif (batch_idx + 1) % _ASK_EVERY == 0:
+        elif trainer.global_step % _ASK_EVERY == 0:
             told = torch.tensor(float(self._terminated), device=trainer.strategy.root_device)
             stop = bool(trainer.strategy.reduce(told, reduce_op="max"))
         else:
@@ -102,13 +111,7 @@ class Interruptions(Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Say that another process is the cause, where it is."""
         if trainer.world_size > 1 and lost_process(exception):
-            exception.args = (f"{LOST} (process {trainer.global_rank}: {exception})",)
-
-
-LOST = (
-    "another process of this run has ended: its own message says why, if it could leave one. "
-    "Put that right and go on with --ckpt_path last."
-)
+            exception.args = (f"{_LOST} (process {trainer.global_rank}: {exception})",)
 
 
 def lost_process(error: BaseException) -> bool:
