@@ -13,6 +13,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_ptq.checks import run_folder
+from lightning_ptq.files import write_whole
+from lightning_ptq.interruptions import Interruptions, end_with_launcher
 from lightning_ptq.summary import RunSummary
 
 if TYPE_CHECKING:
@@ -83,7 +85,7 @@ class UnitCheckpoint(ModelCheckpoint):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Save where the loop ends by max_steps, max_time or a signal, since after it the epoch counts as done, and
         before a validation, any of whose images may be broken."""
-        stops = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
+        stops = trainer.should_stop or trainer.received_sigterm or 0 <= trainer.max_steps <= trainer.global_step
         every = trainer.check_val_every_n_epoch
         validates = trainer.enable_validation and every is not None and (trainer.current_epoch + 1) % every == 0
         if validates if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch else stops:
@@ -126,7 +128,7 @@ class PredictionFile(Callback):
         rank = f"_{trainer.global_rank}" if trainer.world_size > 1 else ""
         path = run_folder(trainer) / f"predictions{rank}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(joined(self._outputs), path)
+        write_whole(path, lambda to: torch.save(joined(self._outputs), to))
         print(f"predictions: {path}", flush=True)  # noqa: T201 (the result)
 
 
@@ -140,11 +142,12 @@ def joined(batches: Sequence[Any]) -> Any:
 
 
 def model_callbacks(trainer: L.Trainer, module: PTQModule) -> list[Callback]:
-    """Callbacks that the module brings; what the user configured stays.
+    """Callbacks that the module brings, before any process waits for another; what the user configured stays.
 
     A bar or checkpoint callback takes the place of Lightning's default one because it is its subclass.
     """
-    callbacks: list[Callback] = [RunSummary()]
+    end_with_launcher(trainer)
+    callbacks: list[Callback] = [RunSummary(), Interruptions()]
     bar = trainer.progress_bar_callback
     if type(bar) is RichProgressBar:
         callbacks.append(UnitRichBar())

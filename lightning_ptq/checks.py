@@ -109,8 +109,9 @@ def check_run_folder(trainer: L.Trainer) -> None:
     folder = run_folder(trainer)
     if trainer.ckpt_path or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
-    for name in ("summary.json", "checkpoints"):
-        if (folder / name).exists():
+    # A run that was killed while it wrote its first checkpoint left a hidden file and is no run to continue.
+    for name, pattern in (("summary.json", "summary.json"), ("checkpoints", "checkpoints/[!.]*")):
+        if any(folder.glob(pattern)):
             raise PTQError(
                 f"the run folder {str(folder)!r} already holds a run ({name}). Choose another "
                 "trainer.default_root_dir, or continue that run with ckpt_path."

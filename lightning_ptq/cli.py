@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import sys
 import warnings
 from importlib import import_module
@@ -21,13 +23,15 @@ from lightning_ptq.cache import chunks
 from lightning_ptq.calibration import RANGE_IMAGES
 from lightning_ptq.callbacks import PredictionFile
 from lightning_ptq.checkpoint import read_checkpoint
-from lightning_ptq.checks import check_run_folder
+from lightning_ptq.checks import check_run_folder, run_folder
 from lightning_ptq.compare import compare, open_artifact
 from lightning_ptq.datamodule import CalibrationDataModule
 from lightning_ptq.eight_bits import eight_bits, images_to_try
 from lightning_ptq.errors import PTQError
 from lightning_ptq.export import compare_lowered, export_onnx, export_pt2, save_packed
+from lightning_ptq.files import write_whole
 from lightning_ptq.front import front_data, front_text, pareto_front, plot_front
+from lightning_ptq.interruptions import LAUNCHER, lost_process
 from lightning_ptq.module import PTQModule
 from lightning_ptq.plan import plan_text
 from lightning_ptq.summary import write_json
@@ -265,7 +269,13 @@ class SaveRunConfig(SaveConfigCallback):
         # What only some subcommands take: with it, `plan` and others would refuse the run's config.
         for key in ("ckpt_path", "weights_only"):
             self.config.pop(key, None)
-        super().setup(trainer, pl_module, "fit")
+        folder = run_folder(trainer)
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(
+                folder / self.config_filename,
+                lambda to: self.parser.save(self.config, to, skip_none=False, overwrite=True, multifile=self.multifile),
+            )
 
 
 _OPTIONS = "[--config FILE] [--OPTION VALUE ...]"
@@ -398,6 +408,8 @@ def main(args: ArgsType = None) -> None:
     # A script's search path does not hold the folder it is called in, where a user's own model is looked for.
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
+    if "LOCAL_RANK" not in os.environ:
+        os.environ[LAUNCHER] = str(os.getpid())
     try:
         PTQCLI(
             build_module,
@@ -407,7 +419,6 @@ def main(args: ArgsType = None) -> None:
             # As many epochs as there are units; None would make Lightning announce 1000.
             trainer_defaults={"max_epochs": -1, "callbacks": [PredictionFile()]},
             save_config_callback=SaveRunConfig,
-            save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             parser_class=CommandParser,
@@ -416,12 +427,25 @@ def main(args: ArgsType = None) -> None:
             | {name: {"usage": f"lightning-ptq {name} {_USAGE.get(name, _OPTIONS)}"} for name in PTQCLI.subcommands()},
             args=args,
         )
-    except ValueError as error:
-        # A PTQError is one; and jsonargparse wraps what a datamodule refuses: `data` is optional, so a union for it.
-        told = error if isinstance(error, PTQError) else error.__cause__
-        if not isinstance(told, PTQError):
+    except (ValueError, OSError, RuntimeError) as error:
+        told = _told(error)
+        if told is None:
             raise
         if args is not None:
             raise told from None
         print(f"lightning-ptq: error: {told}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        if os.environ.get(LAUNCHER) == str(os.getpid()):
+            del os.environ[LAUNCHER]
+
+
+def _told(error: Exception) -> PTQError | None:
+    """What can be said of an error in one sentence, if anything."""
+    # jsonargparse wraps what a datamodule refuses: `data` is optional, so a union for it.
+    for candidate in (error, error.__cause__):
+        if isinstance(candidate, PTQError):
+            return candidate
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # a logger's file, say
+        return PTQError(f"the disk is full: {error}. Make room; a fit then goes on with --ckpt_path last.")
+    return PTQError(str(error)) if lost_process(error) else None

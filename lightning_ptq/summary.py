@@ -40,7 +40,7 @@ class RunSummary(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep what was measured."""
         if not trainer.sanity_checking:
-            self.epoch = trainer.current_epoch
+            self.epoch = min(trainer.current_epoch, len(pl_module.epoch_names) - 1)  # type: ignore[arg-type]
             self.metrics = {
                 key: float(trainer.callback_metrics[key]) for key in MEASURES if key in trainer.callback_metrics
             }
@@ -56,6 +56,15 @@ class RunSummary(Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave the student as it would be used, also after an interrupt."""
         pl_module.leave_units()  # type: ignore[operator]
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Validate a network that was killed in its validation: resumed, Lightning takes the last epoch for done."""
+        every, done, loop = trainer.check_val_every_n_epoch, trainer.current_epoch, trainer.fit_loop.epoch_loop.val_loop
+        finished = done == len(pl_module.epoch_names) and every is not None and done % every == 0  # type: ignore[arg-type]
+        if finished and trainer.enable_validation and self.epoch < done - 1:
+            trainer.validating, loop.restarting = True, False
+            loop.run()
+            trainer.training = True
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write and print; rank 0 only."""

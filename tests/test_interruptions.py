@@ -1,0 +1,208 @@
+"""A fit that is killed, told to stop or left without disk or company loses what it did since a checkpoint, no more."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from lightning_ptq import PTQError, cli, interruptions
+from lightning_ptq.checks import check_run_folder
+from lightning_ptq.files import write_whole
+from tests.helpers import assert_equal_states, quantization_state, tiny_data, tiny_module, trainer
+
+ROOT = Path(__file__).parents[1]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
+    # Of torch's own process group and of Lightning's advice on forked processes.
+    pytest.mark.filterwarnings("ignore:.*barrier.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:It is recommended to use `self.log.*sync_dist=True`"),
+    pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders"),
+]
+
+
+class At(Callback):
+    """Calls a function behind a step, on one rank."""
+
+    def __init__(self, step: int, call: Callable[[], object], rank: int = 0) -> None:
+        self.step, self.call, self.rank = step, call, rank
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step and trainer.global_rank == self.rank:
+            self.call()
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def assert_goes_on(folder: Path) -> None:
+    """What lies in the folder leads to the parameters of a run that nothing happened to."""
+    whole, resumed = tiny_module(), tiny_module()
+    trainer(folder / "whole").fit(whole, datamodule=tiny_data())
+    trainer(folder / "run").fit(resumed, datamodule=tiny_data(), ckpt_path=folder / "run" / "checkpoints" / "last.ckpt")
+    assert_equal_states(quantization_state(resumed), quantization_state(whole))
+
+
+def saved(folder: Path) -> dict[str, Any]:
+    """The checkpoint in the folder, which is there alone."""
+    (path,) = (folder / "checkpoints").iterdir()
+    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
+    return checkpoint
+
+
+# A parent that fitted may not fork any more, so forks come first.
+
+
+@pytest.mark.forks
+def test_sigterm_at_one_process_ends_both_at_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interruptions, "_ASK_EVERY", 2)
+    two = {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": False}
+    run = trainer(tmp_path / "run", callbacks=[At(9, terminate, rank=1)], **two)
+    with pytest.raises(Exception, match="exit code 143"):
+        run.fit(tiny_module(), datamodule=tiny_data())
+    assert saved(tmp_path / "run")["global_step"] == 10
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    trainer(tmp_path / "whole", **two).fit(tiny_module(), datamodule=tiny_data())
+    trainer(tmp_path / "run", **two).fit(tiny_module(), datamodule=tiny_data(), ckpt_path=last)
+    assert_equal_states(saved(tmp_path / "run")["state_dict"], saved(tmp_path / "whole")["state_dict"])
+
+
+@pytest.mark.forks
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path: Path) -> None:
+    folder, writes = tmp_path / "run" / "checkpoints", []
+
+    def killed(path: Path, write: Callable[[Path], object]) -> None:
+        def half(to: Path) -> None:
+            write(to)
+            if len(writes) == 3:
+                os.truncate(to, to.stat().st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        writes.append(path)
+        write_whole(path, half)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            interruptions.write_whole = killed
+            trainer(tmp_path / "run").fit(tiny_module(), datamodule=tiny_data())
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    (folder / ".last.tmp.ckpt").unlink()  # the half; no name that anything looks for
+    assert len(saved(tmp_path / "run")["lightning_ptq"]["session"]["reports"]) == 2
+    assert_goes_on(tmp_path)
+
+
+def test_a_first_checkpoint_that_was_not_finished_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ".last.tmp.ckpt").write_bytes(b"half")
+    check_run_folder(trainer(tmp_path))
+    (tmp_path / "checkpoints" / "last.ckpt").write_bytes(b"whole")
+    with pytest.raises(PTQError, match="already holds a run"):
+        check_run_folder(trainer(tmp_path))
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    limits, last = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "run" / "checkpoints" / "last.ckpt"
+
+    def fill() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (last.stat().st_size // 2, limits[1]))
+
+    try:
+        with pytest.raises(PTQError, match=r"last.ckpt' can't be written: File too large\. .*--ckpt_path last"):
+            trainer(tmp_path / "run", callbacks=[At(14, fill)]).fit(tiny_module(), datamodule=tiny_data())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert saved(tmp_path / "run")["global_step"] == 12
+    assert_goes_on(tmp_path)
+
+
+def test_what_the_command_line_says_where_something_else_finds_the_disk_full() -> None:
+    full = cli._told(OSError(errno.ENOSPC, "No space left on device", "metrics.csv"))
+    assert "the disk is full: [Errno 28] No space left on device: 'metrics.csv'. Make room;" in str(full)
+    assert cli._told(OSError(errno.EACCES, "Permission denied")) is None
+    assert cli._told(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
+@pytest.mark.parametrize("step", [9, 12])  # in a unit, at the end of one
+def test_sigterm_ends_behind_a_checkpoint_of_the_step_with_the_shells_exit_code(tmp_path: Path, step: int) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as exit_:
+        trainer(tmp_path / "run", callbacks=[At(step, terminate)]).fit(tiny_module(), datamodule=tiny_data())
+    assert exit_.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert saved(tmp_path / "run")["global_step"] == step
+    assert_goes_on(tmp_path)
+
+
+SCRIPT = """
+import os, signal
+from pathlib import Path
+
+launched, how = os.environ.get("LOCAL_RANK") == "1", os.environ["HOW"]
+if launched:
+    Path(os.environ["PID"]).write_text(str(os.getpid()))
+    if how == "before":
+        os.kill(os.getppid(), signal.SIGKILL)  # the two have not met yet
+
+import lightning as L
+from lightning_ptq import cli
+
+class End(L.Callback):
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 12 and how == "killed" and launched:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if trainer.global_step == 12 and how == "raised" and launched:
+            raise MemoryError("no memory is left")
+
+cli.PredictionFile = End
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("killed", "lightning-ptq: error: another process of this run has ended"),
+        ("raised", "MemoryError: no memory is left"),
+        ("before", "process 1 ends, since the one that started it did"),
+    ],
+)
+def test_a_process_that_ends_takes_the_other_with_it(tmp_path: Path, how: str, said: str) -> None:
+    (tmp_path / "run.py").write_text(SCRIPT)
+    start, told = time.monotonic(), {"HOW": how, "PID": str(tmp_path / "pid"), "PYTHONPATH": str(ROOT)}
+    with (tmp_path / "log").open("wb") as log:
+        first = subprocess.Popen(
+            [sys.executable, tmp_path / "run.py", "fit", "--config=configs/quickstart.yaml",
+             "--model.steps_per_unit=10", "--data.init_args.calibration_samples=64", "--trainer.devices=2",
+             "--trainer.strategy=ddp", f"--trainer.default_root_dir={tmp_path}"],
+            env=os.environ | told | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, cwd=ROOT,
+        )  # fmt: skip
+        assert first.wait(timeout=300) != 0
+    second = int((tmp_path / "pid").read_text())
+    while _lives(second):
+        assert time.monotonic() - start < 300
+        time.sleep(0.1)
+    assert said in (tmp_path / "log").read_text()
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
