@@ -19,7 +19,7 @@ from torch import nn
 from torchvision.models import MobileNetV2
 
 from lightning_ptq import CalibrationDataModule, PTQModule, QuantConfig
-from lightning_ptq.cli import load_weights
+from lightning_ptq.building import load_weights
 from lightning_ptq.graph import build_chain
 from lightning_ptq.models import resnet20
 

@@ -31,7 +31,7 @@ from lightning_ptq import ContrastiveConfig, PTQModule
             "ranges",
             "results",
         ),
-        *("rounding_gain", "speed", "vit"),
+        *("results", "rounding_gain", "speed", "vit"),
     ],
 )
 def test_each_can_be_imported(name: str) -> None:

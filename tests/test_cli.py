@@ -18,7 +18,8 @@ import torch
 import torchvision
 
 from lightning_ptq import DigitsData, PTQError
-from lightning_ptq.cli import build_model, load_weights, main
+from lightning_ptq.building import build_model, load_weights
+from lightning_ptq.cli import main
 from lightning_ptq.models import digits_net, resnet20
 
 ROOT = Path(__file__).parents[1]

@@ -1,0 +1,95 @@
+"""A user's network from what a config says of it: a name, an import path, a weights file."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lightning_ptq.errors import PTQError
+
+
+def build_network(model: nn.Module | str, weights: str | None) -> nn.Module:
+    """The trained network, in eval mode.
+
+    Args:
+        model: a torchvision model's name ("resnet18"), the import path of a function that returns a model
+            ("my_package.net.build"), or the model.
+        weights: a file with the model's state dict, or the name of torchvision weights ("DEFAULT"). None leaves the
+            model as it was built.
+
+    Raises:
+        PTQError: an unknown model, or weights that do not fit it.
+    """
+    network = model if isinstance(model, nn.Module) else build_model(model, weights)
+    if weights is not None and (Path(weights).exists() or not is_torchvision(model)):
+        load_weights(network, weights)
+    # Networks are built in training mode; from here on nobody could have meant that.
+    return network.eval()
+
+
+def build_model(name: str, weights: str | None = None) -> nn.Module:
+    """The torchvision model `name`, with torchvision's `weights` if they are no file, or what `name` imports to."""
+    if is_torchvision(name):
+        import torchvision
+
+        named = weights if weights is not None and not Path(weights).exists() else None
+        try:
+            # Detectors and segmentation networks would download their backbone's weights.
+            takes = signature(torchvision.models.get_model_builder(name)).parameters
+            own = {"weights_backbone": None} if named is None and "weights_backbone" in takes else {}
+            return torchvision.models.get_model(name, weights=named, **own)  # type: ignore[no-any-return]
+        except (ValueError, KeyError) as error:
+            raise PTQError(
+                f"model={name!r} with weights={weights!r}: {error}. Name a model and weights of torchvision, "
+                "a weights file that exists, or the import path of a function that returns a model."
+            ) from None
+        except OSError as error:
+            raise PTQError(
+                f"weights={weights!r} of {name!r} can't be downloaded: {error}. Give a weights file that exists."
+            ) from error
+    module, _, attribute = name.rpartition(".")
+    try:
+        build = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise PTQError(f"model={name!r} can't be imported: {error}. Give the path of a function or class.") from None
+    try:
+        network = build()
+    except TypeError as error:
+        raise PTQError(
+            f"model={name!r} can't be called without arguments: {error}. Give class_path and init_args, or the path "
+            "of a function that needs none."
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise PTQError(f"model={name!r} returned {type(network).__name__}, not a torch.nn.Module.")
+    return network
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Load a state dict, bare or below "state_dict" or "model", strictly and without running code from the file."""
+    if not Path(path).is_file():
+        raise PTQError(
+            f"weights={path!r} is no file, seen from {str(Path.cwd())!r}. Give a state dict saved with torch.save."
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise PTQError(f"weights={path!r} can't be read: {error}. Save a plain state dict with torch.save.") from None
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        first = "; ".join(line.strip() for line in str(error).splitlines()[1:4]) or str(error)
+        raise PTQError(
+            f"weights={path!r} do not fit {type(model).__name__}: {first}. Give the file that this model was saved to."
+        ) from None
+
+
+def is_torchvision(model: nn.Module | str) -> bool:
+    """Whether `model` is the name of one of torchvision's."""
+    return isinstance(model, str) and "." not in model

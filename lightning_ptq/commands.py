@@ -1,0 +1,186 @@
+"""What the command line does beyond Lightning's own subcommands: `plan`, `sensitivity`, `export`, `compare`."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+
+from lightning_ptq.building import build_network
+from lightning_ptq.cache import chunks
+from lightning_ptq.calibration import RANGE_IMAGES
+from lightning_ptq.checkpoint import read_checkpoint
+from lightning_ptq.compare import compare, open_artifact
+from lightning_ptq.datamodule import CalibrationDataModule
+from lightning_ptq.eight_bits import eight_bits, images_to_try
+from lightning_ptq.errors import PTQError
+from lightning_ptq.export import compare_lowered, export_onnx, export_pt2, save_packed
+from lightning_ptq.front import front_data, front_text, pareto_front, plot_front
+from lightning_ptq.module import PTQModule
+from lightning_ptq.plan import plan_text
+from lightning_ptq.summary import write_json
+
+
+class NoModel(L.LightningModule):
+    """What stands where a command that does without a model is given none."""
+
+
+def build_module(
+    model: nn.Module | str | None = None, weights: str | None = None, **kwargs: Any
+) -> PTQModule:  # `compare` alone may get a NoModel
+    """A `PTQModule` from a model and a weights file.
+
+    Args:
+        model: a torchvision model's name ("resnet18"), the import path of a function that returns a model
+            ("my_package.net.build"), or a module class with its arguments (class_path, init_args).
+        weights: a file with the model's state dict, or the name of torchvision weights ("DEFAULT"). None leaves the
+            model as it was built.
+
+    Raises:
+        PTQError: an unknown model, or weights that do not fit it.
+    """
+    if model is None:
+        return NoModel()  # type: ignore[return-value]
+    return PTQModule(build_network(model, weights), **kwargs)
+
+
+class Trainer(L.Trainer):
+    """Lightning's Trainer and four more subcommands."""
+
+    untrained: str | None = None  # why `plan` has the network without its weights, if it has
+    network: nn.Module | None = None  # the model as it was trained, for `compare`
+
+    def plan(self, model: L.LightningModule, datamodule: CalibrationDataModule | None = None) -> None:
+        """Print each unit: layers, bits, shapes, parameters, cache size, and what stays float.
+
+        Where there are calibration images, a few of them show what 8 bits do to the network.
+        """
+        assert isinstance(model, PTQModule)
+        if datamodule is None or datamodule.image_shape is None:
+            raise PTQError("plan needs the images' shape. Give the data section of the config.")
+        shape, samples = model.input_shape(datamodule.image_shape), datamodule.calibration_samples
+        part = None if model.surroundings is None else model.surroundings.part
+        print(plan_text(model.chains, model.quant, shape, samples, network=model.network_steps > 0, part=part))
+        if self.untrained is None:
+            print(f"\n{_eight_bits_text(model, datamodule, shape, self.strategy.root_device)}")
+        else:
+            print(f"\nnot tried with 8 bits: {self.untrained}")
+
+    def sensitivity(self, model: L.LightningModule, datamodule: CalibrationDataModule | None = None) -> None:
+        """Print what each tensor costs at 2, 3, 4 and 8 bits, and the best mixtures.
+
+        Both go to `trainer.default_root_dir` too, in place of what lies there.
+        """
+        assert isinstance(model, PTQModule)
+        if datamodule is None:
+            raise PTQError("sensitivity needs calibration images. Give the data section of the config.")
+        folder, device = Path(self.default_root_dir), self.strategy.root_device
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        images = model.checked(datamodule.calibration_images())[:RANGE_IMAGES]
+        learned = model.method.rounding != "nearest"
+        found, front = pareto_front(model.to(device).chains, images, model.quant, device, learned)
+        print(front_text(found, front, model.quant.budget))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "sensitivity.json", front_data(found, front))
+        written = [folder / "sensitivity.json"]
+        if find_spec("matplotlib"):
+            written.append(folder / "sensitivity.png")
+            plot_front(front, model.quant.budget, written[-1])
+        print(f"\nwritten: {', '.join(map(str, written))}")
+
+    def export(
+        self,
+        model: L.LightningModule,
+        datamodule: CalibrationDataModule | None = None,
+        ckpt_path: str | None = None,
+        output: str = "model.onnx",
+        overwrite: bool = False,
+    ) -> None:
+        """Write the quantized network: as ONNX model or PyTorch program, compared with the simulation, or packed.
+
+        A program is compared once more in int8 kernels, where this machine and the network's quantizers allow that.
+
+        Args:
+            ckpt_path: a finished fit's checkpoint.
+            output: the file to write: .onnx, .pt2, or .ptq for a packed checkpoint.
+            overwrite: replace a file that is there.
+
+        Exits with code 1 if the exported model does not do what the simulation does.
+        """
+        assert isinstance(model, PTQModule)
+        if ckpt_path is None or datamodule is None:
+            raise PTQError("export needs a finished fit: give its config with --config and --ckpt_path.")
+        kind = Path(output).suffix
+        if kind not in (".onnx", ".pt2", ".ptq"):
+            raise PTQError(f"output={output!r} names no format. Let it end in .onnx, .pt2 or .ptq.")
+        model.restore(read_checkpoint(ckpt_path))
+        if kind == ".ptq":
+            sizes = save_packed(model, output, overwrite=overwrite)
+            parts = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+            print(f"{output}: {sum(sizes.values()):,} bytes ({parts})")
+            return
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        images = datamodule.calibration_images()
+        export = export_pt2 if kind == ".pt2" else export_onnx
+        report = export(model, output, images, overwrite=overwrite)
+        print(report.text())
+        if kind == ".pt2":
+            try:
+                print(compare_lowered(model, output, images).text())
+            except Exception as error:  # whatever a compiler raises; the file is written and does without
+                print(f"{output}: {(str(error) or type(error).__name__).splitlines()[0]}")
+        if not report.passed:
+            sys.exit(1)
+
+    def compare(
+        self,
+        model: L.LightningModule,
+        first: str,
+        second: str,
+        datamodule: CalibrationDataModule | None = None,
+        least_agreement: float = 99.0,
+        least_sqnr_db: float | None = None,
+    ) -> None:
+        """Print how two artifacts of one network compare: classes, accuracy, size and time.
+
+        The images are those of validation, or of calibration where there is none.
+
+        Args:
+            first: a file that ends in .onnx, .pt2, .ptq or .ckpt, or "float" for the model itself.
+            second: another; a model is needed for all but .onnx and .pt2.
+            least_agreement: percent of images that have to get the same class.
+            least_sqnr_db: signal-to-noise ratio that the outputs have to reach.
+
+        Exits with code 1 if the two differ by more.
+        """
+        if datamodule is None:
+            raise PTQError("compare needs images. Give the data section of the config.")
+        a, b = (open_artifact(name, self.network) for name in (first, second))
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        found = compare(a, b, datamodule.val_dataloader() or chunks(datamodule.calibration_images()))
+        datamodule.teardown("fit")
+        print(found.text())
+        short = found.shortfalls(least_agreement, least_sqnr_db)
+        if short:
+            print(f"NOT the same network: {'; '.join(short)}.")
+            sys.exit(1)
+
+
+def _eight_bits_text(
+    model: PTQModule, datamodule: CalibrationDataModule, shape: tuple[int, ...], device: torch.device
+) -> str:
+    try:
+        datamodule.setup("fit")  # nothing is downloaded for a plan
+        # As one of so many processes: that reads about as many images as are looked at.
+        few = datamodule.calibration_images(0, max(1, datamodule.calibration_samples // images_to_try(shape)))
+        return eight_bits(model.to(device).chains, model.checked(few).to(device), model.quant, device).text()
+    except Exception as error:  # whatever a user's data set raises: a plan does without images
+        return f"not tried with 8 bits: {error}"
