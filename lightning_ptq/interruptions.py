@@ -79,6 +79,9 @@ class Interruptions(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the place of Lightning's handler, which put the one before it aside and will put it back."""
+        # What Lightning's was told before; its loops end at once where that is set, each process for itself.
+        self._terminated |= trainer.received_sigterm
+        trainer._signal_connector.received_sigterm = False
         # Raised in three of Lightning's loops, and not seen by `on_exception` in a process that was forked or spawned.
         SIGTERMException.code = TERMINATED
         if threading.current_thread() is not threading.main_thread():

@@ -150,6 +150,16 @@ def test_sigterm_ends_behind_a_checkpoint_of_the_step_with_the_shells_exit_code(
     assert_goes_on(tmp_path)
 
 
+def test_sigterm_in_the_sanity_check_is_heard(tmp_path: Path) -> None:
+    class Early(Callback):
+        def on_sanity_check_end(self, *args: Any) -> None:
+            terminate()
+
+    with pytest.raises(SystemExit):
+        trainer(tmp_path, callbacks=[Early()], num_sanity_val_steps=1).fit(tiny_module(), datamodule=tiny_data())
+    assert saved(tmp_path)["global_step"] == 1
+
+
 SCRIPT = """
 import os, signal
 from pathlib import Path
