@@ -14,7 +14,7 @@ from lightning_ptq import ContrastiveConfig, PTQModule
 
 
 @pytest.mark.parametrize(
-    "name", ["allocator", "census", "common", "critic", "methods", "ranges", "results", "rounding_gain", "vit"]
+    "name", ["allocator", "census", "common", "critic", "methods", "ranges", "results", "rounding_gain", "soak", "vit"]
 )
 def test_each_can_be_imported(name: str) -> None:
     assert importlib.import_module(f"benchmarks.{name}").__doc__
