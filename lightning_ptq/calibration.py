@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 
@@ -15,7 +14,7 @@ from lightning_ptq.errors import PTQError
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.layers import quantized_layers
 from lightning_ptq.losses.base import channels_first
-from lightning_ptq.losses.reconstruction import reconstruction_loss
+from lightning_ptq.losses.reconstruction import squared_errors
 from lightning_ptq.metrics import Information, decibels, signal_and_noise
 from lightning_ptq.quantizers import ActQuantizer, act_quantizers, float_mode, initial_ranges, scales_are_finite
 from lightning_ptq.ranges import Histogram, weight_qparams
@@ -158,21 +157,32 @@ def finish_unit(
     target = cache.teacher_out[rows]
     dim = cache.student.channel_dim(cache.unit, target.shape)
 
-    def error(output: Tensor) -> Tensor:
-        return reconstruction_loss(channels_first(output, dim), channels_first(target, dim), importance)
+    def errors(output: Tensor) -> Tensor:
+        return squared_errors(channels_first(output, dim), channels_first(target, dim), importance)
 
     with initial_ranges(unit):
-        before = error(cache.student_out(rows))
+        before = errors(cache.student_out(rows))
     out = cache.student_out()
-    after = error(out[rows])
-    before, after = mean(torch.stack([before, after])).tolist()
-    # Not `after > before`: a NaN must be rejected too, and an error that overflows says nothing.
-    accepted = after <= before and math.isfinite(after) and scales_are_finite(unit)
+    after = errors(out[rows])
+    accepted = no_worse(after, before, mean) and scales_are_finite(unit)
     if not accepted:
         restore_initial(unit)
         out, after = cache.student_out(), before
     both = channels_first(out[rows], dim), channels_first(target, dim)
-    return report(name, unit, *both, (before, after), accepted, mean), out
+    means = float(mean(before.mean())), float(mean(after.mean()))
+    return report(name, unit, *both, means, accepted, mean), out
+
+
+def no_worse(after: Tensor, before: Tensor, mean: Callable[[Tensor], Tensor]) -> bool:
+    """Whether the errors (N,) of images did not grow: neither their mean nor that of the half with the smaller ones.
+
+    The mean alone is what a few extreme images make of it, which may get better where all others get worse. NaN is
+    worse, and an error that overflows says nothing.
+    """
+    size = after + before  # of both: which half it is favours neither
+    usual = size <= size.median()
+    new, old = mean(torch.stack([torch.stack([x.mean(), x[usual].mean()]) for x in (after, before)]))
+    return bool(((new <= old) & new.isfinite()).all())
 
 
 def report(

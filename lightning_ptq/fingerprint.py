@@ -1,8 +1,12 @@
-"""What identifies a run: the model's weights, the settings and the calibration images. Resuming checks all three."""
+"""What identifies a run: the model's weights, the settings and the calibration images. Resuming checks all three.
+
+What else decides its last bits is where it ran.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import platform
 import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -32,6 +36,19 @@ def data_digest(images: Tensor) -> int:
     for image in images:
         total += int.from_bytes(hashlib.sha256(image.cpu().contiguous().numpy().tobytes()).digest()[:7], "little")
     return total % 2**62
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device and threads: with the same of all, a run gives the same bits again."""
+    cuda = device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: version(name) for name in ("torchvision", "lightning")},
+        "device": torch.cuda.get_device_name(device) if cuda else f"{device.type} {platform.machine()}",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def check_same(saved: Mapping[str, Any], live: Mapping[str, Any], what: str, allow_drift: bool = False) -> None:

@@ -209,9 +209,9 @@ class PTQModule(Evaluation):
         self.anchor = nn.Parameter(torch.zeros(()))
 
         self.session = Session(self.teacher, self.student)
-        self._model_digest = model_digest(self.teacher)
+        self.model_digest = model_digest(self.teacher)
         if surroundings is not None:  # what the part reads depends on them
-            self._model_digest += model_digest(surroundings)
+            self.model_digest += model_digest(surroundings)
         self._drop = DropMask(self.method.drop)
         # Equal on all ranks by construction, and DDP wraps anew for every unit.
         self._ddp_params_and_buffers_to_ignore = [name for name in self.state_dict() if name.startswith(_FROZEN)]
@@ -379,9 +379,9 @@ class PTQModule(Evaluation):
         checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith(_FROZEN)}
         checkpoint["lightning_ptq"] = {
             "version": VERSION,
-            "model": self._model_digest,
+            "model": self.model_digest,
             "structure": self._structure(),
-            "settings": self._settings(),
+            "settings": self.settings(),
             "built": self._built,
             "session": self.session.state(),
         }
@@ -392,14 +392,14 @@ class PTQModule(Evaluation):
         drift = self.allow_drift
         check_version(saved.get("version", VERSION), drift)
         check_same(saved["structure"], self._structure(), "quantization config", drift)
-        if saved["model"] != self._model_digest:
+        if saved["model"] != self.model_digest:
             refuse(
                 "the checkpoint belongs to a model with other weights. Give the weights that it was calibrated from",
                 drift,
             )
         fits = self._trainer is not None and self.trainer.state.fn == "fit"
         if fits:
-            check_same(saved["settings"], self._settings(), "calibration setting", drift)
+            check_same(saved["settings"], self.settings(), "calibration setting", drift)
         else:  # weights of loss terms: they say nothing to who only uses the network, with whatever terms
             live = {key: value for key, value in self.state_dict().items() if key.endswith(".ratio_sums")}
             checkpoint["state_dict"].update(live)
@@ -515,7 +515,7 @@ class PTQModule(Evaluation):
             policy=self.cache_policy,
             config=self.quant,
             weighting=self.method.weighting,
-            again=self.network_steps > 0,
+            network=self.network_steps > 0,
             held_out=self.held_out,
             allow_drift=self.allow_drift,
             round_again=self.network_rounding_lr > 0,
@@ -630,7 +630,7 @@ class PTQModule(Evaluation):
         part = {} if self.surroundings is None else {"part": self.surroundings.part}
         return self.quant.to_dict() | {"granularity": self.method.granularity, "rounding": self.method.rounding} | part
 
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Settings, the Trainer's among them, that decide how calibration proceeds."""
         return {
             "processes": self.trainer.world_size,

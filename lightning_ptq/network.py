@@ -9,19 +9,20 @@ go into the weights' scales and shifts into the biases.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_ptq.cache import Minibatch, judged_rows, run_chunked, take
-from lightning_ptq.calibration import UnitReport, report
+from lightning_ptq.cache import Minibatch, UnitCache, judged_rows, run_chunked, take
+from lightning_ptq.calibration import UnitReport, no_worse, report, restore_initial
 from lightning_ptq.graph.units import Chain
-from lightning_ptq.losses.prediction import prediction_loss
-from lightning_ptq.losses.reconstruction import reconstruction_loss
-from lightning_ptq.quantizers import act_quantizers, weight_quantizers
+from lightning_ptq.losses.base import channels_first
+from lightning_ptq.losses.prediction import prediction_errors, prediction_loss
+from lightning_ptq.losses.reconstruction import reconstruction_loss, squared_errors
+from lightning_ptq.quantizers import act_quantizers, initial_ranges, weight_quantizers
 
 # What this epoch is called where the others bear their unit's name.
 NETWORK = "whole-network"
@@ -134,3 +135,46 @@ def _errors(cache: NetworkCache, out: Tensor, mean: Mean) -> tuple[float, float]
     out, target = out[rows], cache.features[rows]
     prediction, mse = mean(torch.stack([prediction_loss(out, target), reconstruction_loss(out, target)])).tolist()
     return prediction, mse
+
+
+def worse_than_nearest(cache: UnitCache | NetworkCache, images: Tensor, out: Tensor, mean: Mean) -> bool:
+    """Whether the calibrated network, whose output for the cache's `images` is `out`, does worse than it started.
+
+    Judged like the last epoch where there is one, else by the squared error that units are calibrated for: what they
+    give need not be scores of classes.
+    """
+    rows, last = cache.judged, isinstance(cache, NetworkCache)
+    errors, target = (prediction_errors, cache.features) if last else (squared_errors, cache.teacher_out)
+    with initial_ranges(cache.student):
+        nearest = run_chunked(cache.student, images[rows].to(out.device), cache.device)
+    return not no_worse(errors(out[rows], target[rows]), errors(nearest, target[rows]), mean)
+
+
+def put_back(
+    teacher: Chain,
+    student: Chain,
+    images: Tensor,
+    importance: Sequence[Tensor | None],
+    reports: Sequence[UnitReport],
+    device: torch.device,
+    mean: Mean,
+) -> list[UnitReport]:
+    """Put the whole of `student` back to where it started; what the `reports` have to say then, on these images."""
+    restore_initial(student)
+    x = y = images
+    units = zip(student.names, student.units, teacher.units, importance, strict=True)
+    now: list[UnitReport] = []
+    for k, (name, unit, teacher_unit, weights) in enumerate(units):
+        x, y = run_chunked(unit, x, device), run_chunked(teacher_unit, y, device)
+        dim = student.channel_dim(k, y.shape)
+        now.append(_unchanged(name, unit, channels_first(x, dim), channels_first(y, dim), weights, mean))
+    if len(reports) > len(student):
+        now.append(_unchanged(NETWORK, student, x, y, None, mean))
+    return [replace(new, seconds=old.seconds) for new, old in zip(now, reports, strict=True)]
+
+
+def _unchanged(
+    name: str, unit: nn.Module, out: Tensor, target: Tensor, importance: Tensor | None, mean: Mean
+) -> UnitReport:
+    error = float(mean(squared_errors(out, target, importance).mean()))
+    return report(name, unit, out, target, (error, error), False, mean)

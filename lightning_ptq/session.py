@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_ptq.allocation import allocate, apply
-from lightning_ptq.cache import UnitCache, fits_on_device
+from lightning_ptq.cache import UnitCache, fits_on_device, run_chunked
 from lightning_ptq.calibration import RANGE_IMAGES, UnitReport, estimate_ranges, finish_unit
 from lightning_ptq.config import QuantConfig
 from lightning_ptq.equalize import equalize
@@ -22,7 +22,7 @@ from lightning_ptq.graph.arithmetic import layer_multiply_adds
 from lightning_ptq.importance import channel_importance
 from lightning_ptq.methods import Weighting
 from lightning_ptq.metrics import classes, has_scores
-from lightning_ptq.network import NetworkCache, NetworkStart, finish_network
+from lightning_ptq.network import NetworkCache, NetworkStart, finish_network, put_back, worse_than_nearest
 from lightning_ptq.quantizers import weight_quantizers
 from lightning_ptq.sensitivity import sensitivities
 
@@ -60,7 +60,7 @@ class Images:
         batch_size: images of each step.
         policy: where activations are kept.
         config: how ranges are estimated from the images. weighting: how channels are weighted.
-        again: whether the whole network's epoch will need the images again. A loader may not give them twice.
+        network: whether the last epoch is that of the whole network, behind those of the units.
         held_out: share of the images that judge what was learned on the others.
         allow_drift: go on from a checkpoint of other images.
         round_again: whether that epoch trains the weights' rounding. correction: steps of PD-Quant's correction.
@@ -73,7 +73,7 @@ class Images:
     policy: CachePolicy
     config: QuantConfig
     weighting: Weighting
-    again: bool
+    network: bool
     held_out: float
     allow_drift: bool
     round_again: bool
@@ -96,7 +96,9 @@ class Session:
         self.importance: list[Tensor] | None = None  # of every unit's channels; None: they count alike
         self.bits: dict[str, dict[str, int]] | None = None  # mixed precision, by name; None: as configured
         self._network_start: NetworkStart | None = None
+        # Kept for the network's epoch and the judgement at the end: a loader may not give them twice.
         self._images: Tensor | None = None
+        self._last = 0
         self._on_device: bool | None = None
         self._world: World | None = None
         # Output of the unit that was finished last: judging computes it, and advancing needs it.
@@ -135,7 +137,7 @@ class Session:
         Unit len(student) is the whole network.
         """
         self._unit_clock, self._carried_seconds = time.monotonic() - self._carried_seconds, 0.0
-        self._world = world
+        self._world, self._last = world, len(self.student) - 1 + data.network
         # The way to the network leads through the head, also where a fit is resumed behind it: its cache holds the
         # teacher's side, and a checkpoint may have been written before the head was judged.
         self._enter_unit(min(unit, len(self.student) - 1), data, world)
@@ -184,8 +186,11 @@ class Session:
         else:
             report, out = finish_unit(self.cache, self.importance_of(unit), mean)
             self._student_out = out
+        self.reports.append(report)
+        if unit == self._last:
+            out = self._judge_all(out)
         seconds = time.monotonic() - self._unit_clock
-        self.reports.append(replace(report, seconds=seconds))
+        self.reports[-1] = replace(self.reports[-1], seconds=seconds)
         if unit >= len(self.student) - 1:  # the output is the network's
             drawn, cache = slice(self.cache.drawn), self.cache
             if has_scores(out) and not self.student.is_part:
@@ -194,6 +199,19 @@ class Session:
         self.wall_seconds["calibration"] += seconds
         self._unit_clock = time.monotonic()
         return self.reports[-1]
+
+    def _judge_all(self, out: Tensor) -> Tensor:
+        """Put the whole network back if it does worse than it started; its output (N, ...), which was `out`."""
+        cache, images, world = self.cache, self._images, self._world
+        assert cache is not None
+        assert images is not None
+        assert world is not None
+        if not worse_than_nearest(cache, images, out, world.mean):
+            return out
+        importance = [self.importance_of(unit) for unit in range(len(self.student))]
+        judged = images[cache.judged]
+        self.reports = put_back(self.teacher, self.student, judged, importance, self.reports, world.device, world.mean)
+        return run_chunked(self.student, images.to(out.device), world.device)
 
     @property
     def opened(self) -> UnitCache | NetworkCache:
@@ -226,8 +244,8 @@ class Session:
                 data.allow_drift,
             )
         self.image_digest, self.image_count = digest, int(counts.sum())
-        images = self.teacher.laid_out(data.read(images), world.device)
-        self._images = images if data.again else None
+        images = self.teacher.laid_out(data.read(spread(images, self._held_out)), world.device)
+        self._images = images
         self._on_device = data.policy == "device" or (
             data.policy == "auto" and fits_on_device(self.teacher, images, world.device, data.correction > 0)
         )
@@ -270,6 +288,16 @@ def held_out_of(images: int, share: float, batch_size: int) -> int:
     would be too few to judge by."""
     held_out = min(int(images * share), images - batch_size)
     return held_out if held_out >= _LEAST_HELD_OUT else 0
+
+
+def spread(images: Tensor, held_out: int) -> Tensor:
+    """The images with those that are held out at the end: every n-th one, since a loader may give class by class."""
+    if not held_out:
+        return images
+    last = torch.arange(held_out) * len(images) // held_out
+    drawn = torch.ones(len(images), dtype=torch.bool)
+    drawn[last] = False
+    return torch.cat([images[drawn], images[last]])
 
 
 def check_batch(images: int, batch_size: int, world_size: int) -> None:

@@ -15,12 +15,16 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_ptq.checks import check_run_folder, run_folder
 from lightning_ptq.files import write_whole
+from lightning_ptq.fingerprint import environment
 from lightning_ptq.front import finite
 from lightning_ptq.metrics import MEASURES
 from lightning_ptq.network import NETWORK
 
 if TYPE_CHECKING:
     from lightning_ptq.module import PTQModule
+
+# What of the Trainer, beside its precision and processes, decides how calibration proceeds.
+_TRAINER = ("accumulate_grad_batches", "gradient_clip_val", "limit_train_batches", "max_steps")
 
 
 class RunSummary(Callback):
@@ -114,6 +118,8 @@ def summarize(module: PTQModule, trainer: L.Trainer, metrics: dict[str, float]) 
         "steps_per_unit": module.steps_per_unit,
         "network_steps": module.network_steps,
         "complete": len(module.reports) == len(module.epoch_names),
+        # False: all of it is as it started, since each part or the whole did worse.
+        "accepted": any(report.accepted for report in module.reports),
         **{key: metrics.get(key) for key in ("teacher_top1", "nearest_top1", "student_top1")},
         **{key: finite(metrics.get(key)) for key in MEASURES if key.endswith(("miou", "sqnr_db"))},
         "teacher_agreement": metrics.get("student_agreement"),
@@ -121,6 +127,11 @@ def summarize(module: PTQModule, trainer: L.Trainer, metrics: dict[str, float]) 
         "calibration_agreement": module.session.calibration_agreement,
         "overfit_gap": overfit_gap(module.session.calibration_agreement, metrics.get("student_agreement")),
         "wall_seconds": {key: round(value, 3) for key, value in module.session.wall_seconds.items()},
+        "settings": module.settings(),
+        "quant": module.quant.to_dict(),
+        "trainer": {key: getattr(trainer, key) for key in _TRAINER},
+        "digests": {"model": module.model_digest, "images": module.session.image_digest},
+        "environment": environment(module.device),
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": torch.cuda.max_memory_allocated(module.device) if module.device.type == "cuda" else 0,
         # JSON has no infinity: an SQNR without noise, or of a constant output, is null.
@@ -174,10 +185,11 @@ def table(summary: dict[str, Any]) -> str:
         )
     rolled_back = [unit["name"] for unit in summary["units"] if not unit["accepted"]]
     units = [name for name in rolled_back if name != NETWORK]
+    kept = "kept as rounded to nearest, since calibration did not improve"
+    if rolled_back and len(rolled_back) == len(summary["units"]):
+        return "\n".join(["", *lines, f"{kept} it: the whole network"])
     if units:
-        lines.append(
-            f"kept as rounded to nearest, since calibration did not improve them: {', '.join(map(repr, units))}"
-        )
+        lines.append(f"{kept} them: {', '.join(map(repr, units))}")
     if NETWORK in rolled_back:
         lines.append("kept as the units left it, since the last epoch made its predictions worse: the whole network")
     return "\n".join(["", *lines])

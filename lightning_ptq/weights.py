@@ -74,6 +74,7 @@ class WeightQuantizer(nn.Module):
     @torch.no_grad()
     def reset(self, weight: Tensor) -> None:
         """Forget what was learned."""
+        self.release()
         for parameter in (*self.corrections, *self.roundings):
             parameter.zero_()
 

@@ -18,10 +18,20 @@ def prediction_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) 
         student, teacher: logits (B, classes, ...). One class has no distribution: then it is the squared error.
         temperature: divides the logits first.
     """
+    return _divergence(student, teacher, temperature).mean()
+
+
+def prediction_errors(student: Tensor, teacher: Tensor) -> Tensor:
+    """`prediction_loss` of every image by itself, (B,)."""
+    return _divergence(student, teacher, 1.0).reshape(len(student), -1).mean(1)
+
+
+def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """(B, ...): of every image and position."""
     if student.shape[1] == 1:
-        return torch.nn.functional.mse_loss(student.float(), teacher.float())
+        return (student.float() - teacher.float()).square()
     student, teacher = (x.float().div(temperature).log_softmax(1) for x in (student, teacher))
-    return torch.nn.functional.kl_div(student, teacher, reduction="none", log_target=True).sum(1).mean()
+    return torch.nn.functional.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
 
 
 class Prediction(Term):

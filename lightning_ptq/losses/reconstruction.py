@@ -26,6 +26,14 @@ def reconstruction_loss(student: Tensor, teacher: Tensor, importance: Tensor | N
     return result
 
 
+def squared_errors(student: Tensor, teacher: Tensor, importance: Tensor | None = None) -> Tensor:
+    """`reconstruction_loss` of every image by itself, (B,)."""
+    error = (student.float() - teacher.float()).square_()
+    if error.dim() > 2:
+        error = error.mean(tuple(range(2, error.dim())))  # (B, C)
+    return error.sum(1) if importance is None else error @ importance
+
+
 class _WeightedError(torch.autograd.Function):
     """sum(weights * (student - teacher)^2) over batch and positions' number: four passes in all, where autograd
     would take nine."""
