@@ -391,6 +391,8 @@ def main() -> None:
                         keep(survive_export(at, checkpoint, kind, name, point), at)
     print(table(rows))
     lost = sum(not (row["equal"] and row["complete"]) for row in rows)
+    if not lost:
+        shutil.rmtree(scratch)
     print(f"{len(rows)} killed, {lost} lost, {sum(float(row['seconds_to_end']) >= LIMIT for row in rows)} hung")
 
 
