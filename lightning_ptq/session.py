@@ -62,9 +62,9 @@ class Images:
         config: how ranges are estimated from the images. weighting: how channels are weighted.
         network: whether the last epoch is that of the whole network, behind those of the units.
         held_out: share of the images that judge what was learned on the others.
-        allow_drift: go on from a checkpoint of other images.
         round_again: whether that epoch trains the weights' rounding. correction: steps of PD-Quant's correction.
         layers: the student's, for mixed precision. learned: whether rounding is learned.
+        allow_drift: go on from a checkpoint of other images.
     """
 
     open: Callable[[], Tensor]
@@ -75,11 +75,11 @@ class Images:
     weighting: Weighting
     network: bool
     held_out: float
-    allow_drift: bool
     round_again: bool
     correction: int
     layers: tuple[LayerPlan, ...] = ()
     learned: bool = True
+    allow_drift: bool = False
 
 
 class Session:

@@ -80,7 +80,7 @@ def test_gradients_flow_through_cached_activations() -> None:
 
 def test_activations_that_are_not_finite_name_their_unit() -> None:
     module = tiny_module()
-    module.teacher.units[2].get_submodule("blocks.1.conv1").weight.data[0, 0, 0, 0] = float("inf")
+    module.teacher.units[2].get_submodule("blocks.1.conv1").bias.data[0] = float("inf")
     with pytest.raises(PTQError, match=r"unit 'blocks\.1': the float network gives NaN or infinite values"):
         estimate_ranges(module.student, tiny_images(), module.quant, CPU, lambda t: t[None])
     with pytest.raises(PTQError, match="gives NaN or infinite activations"):
