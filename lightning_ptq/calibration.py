@@ -175,7 +175,9 @@ def finish_unit(
     return report(name, unit, *both, means, accepted, mean), out
 
 
-def no_worse(after: Tensor, before: Tensor, mean: Callable[[Tensor], Tensor]) -> bool:
+def no_worse(
+    after: Tensor, before: Tensor, mean: Callable[[Tensor], Tensor], usual_growth: float = _USUAL_GROWTH
+) -> bool:
     """Whether the errors (N,) of images did not grow: neither their mean, nor clearly that of the smaller half of them.
 
     The mean alone is what a few extreme images make of it, which may get better where all others get worse. In a good
@@ -184,7 +186,7 @@ def no_worse(after: Tensor, before: Tensor, mean: Callable[[Tensor], Tensor]) ->
     size = after + before  # of both: which half it is favours neither
     usual = size <= size.median()
     new, old = mean(torch.stack([torch.stack([x.mean(), x[usual].mean()]) for x in (after, before)]))
-    return bool(((new <= old * old.new_tensor([1.0, _USUAL_GROWTH])) & new.isfinite()).all())
+    return bool(((new <= old * old.new_tensor([1.0, usual_growth])) & new.isfinite()).all())
 
 
 def report(

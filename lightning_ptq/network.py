@@ -32,6 +32,8 @@ NETWORK = "whole-network"
 HARM = 1.25
 
 Mean = Callable[[Tensor], Tensor]
+# Divergences of images that are recognised well are next to nothing, and may grow by half of that.
+_USUAL_GROWTH = 1.5
 
 
 class NetworkCache:
@@ -147,7 +149,7 @@ def worse_than_nearest(cache: UnitCache | NetworkCache, images: Tensor, out: Ten
     errors, target = (prediction_errors, cache.features) if last else (squared_errors, cache.teacher_out)
     with initial_ranges(cache.student):
         nearest = run_chunked(cache.student, images[rows].to(out.device), cache.device)
-    return not no_worse(errors(out[rows], target[rows]), errors(nearest, target[rows]), mean)
+    return not no_worse(errors(out[rows], target[rows]), errors(nearest, target[rows]), mean, _USUAL_GROWTH)
 
 
 def put_back(
