@@ -305,11 +305,20 @@ def test_plan_and_predict_from_the_terminal(tmp_path: Path, capsys: pytest.Captu
     assert all(set(image) == {"boxes", "labels", "scores"} for image in found)
 
 
+@pytest.fixture(scope="module")
+def fitted_part(tmp_path_factory: pytest.TempPathFactory) -> PTQModule:
+    """A detector with a quantized backbone, for tests that only look at it."""
+    module = part_module()
+    trainer(tmp_path_factory.mktemp("part"), logger=False).fit(module, datamodule=detection_data())
+    return module
+
+
 @pytest.mark.parametrize("suffix", ["onnx", "pt2"])
-def test_a_quantized_backbone_is_exported_with_all_its_outputs(tmp_path: Path, suffix: str) -> None:
+def test_a_quantized_backbone_is_exported_with_all_its_outputs(
+    tmp_path: Path, fitted_part: PTQModule, suffix: str
+) -> None:
     pytest.importorskip("onnxruntime")
-    module, path = part_module(), tmp_path / f"backbone.{suffix}"
-    trainer(tmp_path, logger=False).fit(module, datamodule=detection_data())
+    module, path = fitted_part, tmp_path / f"backbone.{suffix}"
     export, load = (ptq.export_onnx, load_onnx) if suffix == "onnx" else (ptq.export_pt2, load_pt2)
     report = export(module, path)
     assert report.passed, report.text()
@@ -328,9 +337,10 @@ def test_a_quantized_backbone_is_exported_with_all_its_outputs(tmp_path: Path, s
         ptq.save_packed(module, tmp_path / "model.ptq")
 
 
-def test_a_backbone_that_differs_is_found_out_and_the_unit_named(tmp_path: Path, monkeypatch: Any) -> None:
-    module = part_module()
-    trainer(tmp_path, logger=False).fit(module, datamodule=detection_data())
+def test_a_backbone_that_differs_is_found_out_and_the_unit_named(
+    tmp_path: Path, fitted_part: PTQModule, monkeypatch: Any
+) -> None:
+    module = fitted_part
 
     def broken(student: Any, every_unit: bool = False) -> Any:
         model = convert(student, every_unit)

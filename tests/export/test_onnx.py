@@ -126,6 +126,12 @@ def test_a_file_that_differs_is_found_out_and_the_unit_named(tmp_path: Path, mon
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+@pytest.fixture(scope="module")
+def eight_bits(tmp_path_factory: pytest.TempPathFactory) -> ptq.PTQModule:
+    """One calibrated module for tests that only look at it."""
+    return fitted(tmp_path_factory.mktemp("eight_bits"), QuantConfig(8, 8))
+
+
 @pytest.mark.parametrize(
     ("file", "double", "plain", "passed"),
     [
@@ -138,26 +144,30 @@ def test_a_file_that_differs_is_found_out_and_the_unit_named(tmp_path: Path, mon
     ],
 )
 def test_ties_are_told_from_errors(
-    tmp_path: Path, monkeypatch: Any, file: tuple[float, float], double: Any, plain: Any, passed: bool
+    tmp_path: Path,
+    monkeypatch: Any,
+    eight_bits: ptq.PTQModule,
+    file: tuple[float, float],
+    double: Any,
+    plain: Any,
+    passed: bool,
 ) -> None:
-    module = fitted(tmp_path, QuantConfig(8, 8))
     import lightning_ptq.export as package
 
     measured = iter([(*file, 0.1), (*double, 0.1), (*plain, 0.0)])
     monkeypatch.setattr(package, "compare_outputs", lambda *args: next(measured))
-    report = ptq.export_onnx(module, tmp_path / "model.onnx", tiny_images(4))
+    report = ptq.export_onnx(eight_bits, tmp_path / "model.onnx", tiny_images(4))
     assert report.passed == passed
     assert f"{plain[1]:.1f} dB without the runtime's optimisations" in report.text()
     assert f"in double precision: {double[1]:.1f} dB" in report.text()
     assert ("as simulated, but for ties" in report.text()) == passed
 
 
-def test_in_double_precision_the_simulation_is_itself(tmp_path: Path) -> None:
-    module = fitted(tmp_path, QuantConfig(8, 8)).eval()
-    x = tiny_images(6)
+def test_in_double_precision_the_simulation_is_itself(eight_bits: ptq.PTQModule) -> None:
+    student, x = eight_bits.student, tiny_images(6)
     with torch.no_grad():
-        torch.testing.assert_close(in_double(module.student)(x)[0], module.student(x), rtol=0.02, atol=0.02)
-    assert module.student.find("fc").weight.dtype == torch.float32
+        torch.testing.assert_close(in_double(student)(x)[0], student(x), rtol=0.02, atol=0.02)
+    assert student.find("fc").weight.dtype == torch.float32
 
 
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path: Path) -> None:
