@@ -24,6 +24,7 @@ from benchmarks.common import complete, in_process
 from lightning_ptq import QuantConfig
 from lightning_ptq.eight_bits import LEAST_AGREEMENT, eight_bits
 from lightning_ptq.graph import build_chain
+from lightning_ptq.metrics import decibels, signal_and_noise
 
 COLUMNS = ("model", "agreement", "sqnr_db", "classes", "warned", "seconds", "causes")
 WIDTHS = dict(zip(COLUMNS, (22, 9, 8, 8, 7, 8, 1), strict=True))
@@ -65,13 +66,28 @@ def settle(model: nn.Module, images: Tensor) -> None:
     model.eval()
 
 
+def prepared(name: str) -> tuple[nn.Module, Tensor]:
+    """The untrained network with settled batch norms, and other crops."""
+    size = SIZES.get(name, 112 if name.startswith("vit") else 64)
+    model = random_model(name, **({"image_size": size} if name.startswith("vit") else {}))
+    settle(model, crops(IMAGES, size, seed=1))
+    return model, crops(IMAGES, size, seed=2)
+
+
+@torch.no_grad()
+def disturbed(name: str, decibels_in: float = 50.0) -> float:
+    """SQNR in dB of the float network's output where white noise of so many dB is added to its images."""
+    model, images = prepared(name)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    noise *= (images.square().mean() / 10 ** (decibels_in / 10)).sqrt()
+    return decibels(*signal_and_noise(model(images + noise), model(images)).tolist())
+
+
 def go(name: str) -> dict[str, Any]:
     """The row of one model."""
     warnings.simplefilter("ignore")
-    size, start = SIZES.get(name, 112 if name.startswith("vit") else 64), time.monotonic()
-    model = random_model(name, **({"image_size": size} if name.startswith("vit") else {}))
-    settle(model, crops(IMAGES, size, seed=1))
-    images = crops(IMAGES, size, seed=2)
+    start = time.monotonic()
+    model, images = prepared(name)
     with torch.no_grad():
         predicted = torch.cat([model(x) for x in images.split(16)]).argmax(1)
     chains = build_chain(model, QuantConfig(), "block", image_shape=images.shape[1:])
@@ -93,12 +109,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", help="only these")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/eight_bits.csv"))
+    parser.add_argument("--disturb", action="store_true", help="instead: what 50 dB of noise on the images become")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(go(args.one)))
         return
     names = args.models or torchvision.models.list_models(module=torchvision.models)
+    if args.disturb:
+        for name in names:
+            print(f"{name:<22} {disturbed(name):5.1f} dB", flush=True)
+        return
     rows = complete(args.out, COLUMNS, names, lambda name: [in_process("eight_bits", "--one", name)])
     for row in rows:
         print("  ".join(f"{row[column]:<{width}}" for column, width in WIDTHS.items()))

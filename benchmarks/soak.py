@@ -21,11 +21,11 @@ import threading
 import warnings
 from pathlib import Path
 
-import lightning as L
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from benchmarks.common import calibrate as fit
 from lightning_ptq import CalibrationDataModule, PTQModule, QuantConfig
 
 WARM_UP = 20
@@ -45,14 +45,7 @@ def calibrate(model: nn.Module) -> None:
     module = PTQModule(model, QuantConfig(2, 2), contrastive=True, steps_per_unit=3, network_steps=2, batch_size=8)
     data = CalibrationDataModule.from_loaders([images], DataLoader(images, batch_size=16), calibration_samples=32)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        L.Trainer(
-            accelerator="cpu",
-            max_epochs=-1,
-            logger=False,
-            default_root_dir=folder,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        ).fit(module, datamodule=data)
+        fit(module, data, folder)
 
 
 def measure(model: nn.Module) -> dict[str, int]:
