@@ -49,6 +49,7 @@ from lightning_ptq.methods import (
 )
 from lightning_ptq.network import NETWORK
 from lightning_ptq.optimizer import optimizer_of
+from lightning_ptq.overhead import QuickName, without_profiler
 from lightning_ptq.plan import unit_shapes
 from lightning_ptq.quantizers import forget_ranges
 from lightning_ptq.seeds import mixed_seed
@@ -60,7 +61,7 @@ from lightning_ptq.surroundings import Surroundings, likely_part, without_classe
 _FROZEN = ("teacher.", "surroundings.")
 
 
-class PTQModule(Evaluation):
+class PTQModule(QuickName, Evaluation):
     """Frozen full-precision teacher and quantized student; training optimises quantization parameters only.
 
     Args:
@@ -271,6 +272,7 @@ class PTQModule(Evaluation):
         if stage != "fit":
             return
         check_trainer(self.trainer)
+        without_profiler(self.trainer)
         check_device(self.trainer.strategy.root_device)
         shape = self.trainer.datamodule.image_shape  # type: ignore[attr-defined]
         if shape is not None and self.surroundings is None:
