@@ -51,6 +51,7 @@ from lightning_ptq.network import NETWORK
 from lightning_ptq.optimizer import optimizer_of
 from lightning_ptq.plan import unit_shapes
 from lightning_ptq.quantizers import forget_ranges
+from lightning_ptq.record import note
 from lightning_ptq.seeds import mixed_seed
 from lightning_ptq.selection import select
 from lightning_ptq.session import CachePolicy, Images, Session, World
@@ -92,6 +93,7 @@ class PTQModule(Evaluation):
         held_out: share of the calibration images that no step draws; they judge each unit and measure its information.
         allow_drift: go on with a checkpoint of other weights, settings, images or of another major version; a warning
             names what differs.
+        report: draw `report.html` when a fit ends. Without, `lightning-ptq report RUN` draws it at any time.
         seed: seed of every random draw; None takes that of `lightning.seed_everything`, or else 0.
 
     Raises:
@@ -133,6 +135,7 @@ class PTQModule(Evaluation):
         cache: CachePolicy = "auto",
         held_out: float = 0.0,
         allow_drift: bool = False,
+        report: bool = True,
         seed: int | None = None,
     ) -> None:
         check_settings(
@@ -182,7 +185,7 @@ class PTQModule(Evaluation):
         self.contrastive = contrastive = contrastive and coordinates.learns
         self.model_name, self.rounding_weight = type(model).__name__, rounding_weight
         self.held_out, self.leaf_modules, self._built = held_out, tuple(leaf_modules), built
-        self.allow_drift = allow_drift
+        self.allow_drift, self.draws_report = allow_drift, report
         # What learns nothing needs no steps; one keeps Lightning's loop, and so validation and checkpoints, alive.
         self.steps_per_unit = steps_per_unit if self.method.learns else 1
         self.batch_size, self.cache_policy = batch_size, cache
@@ -346,7 +349,9 @@ class PTQModule(Evaluation):
         steps = batch_idx + 1
         if interval and (steps % interval == 0 or steps == self.trainer.num_training_batches):
             self.log_dict(terms, prog_bar=True, logger=False)
-            self._log(name, {term: float(value.detach()) for term, value in terms.items()})
+            values = {term: float(value.detach()) for term, value in terms.items()}
+            note(self.session.curves, name, steps, values)
+            self._log(name, values)
         return sum(terms.values(), 0.0 * self.anchor)
 
     def on_validation_start(self) -> None:
