@@ -87,7 +87,10 @@ def suggestions(run: Run) -> Iterator[str]:
             f"others, so it has learned them by heart: `data.calibration_samples={images}` would help more than steps."
         )
     yield from _steps(run)
-    flipped = max(run.units, key=lambda unit: unit["flipped_fraction"], default=None)
+    # With eight bits a weight's nearest value is hardly better than the next.
+    fine = {layer["unit"] for layer in run.layers if layer["weight_bits"] >= 8}
+    coarse = [unit for unit in run.units if unit["name"] not in fine]
+    flipped = max(coarse, key=lambda unit: unit["flipped_fraction"], default=None)
     if flipped is not None and flipped["flipped_fraction"] > _FLIPPED:
         yield (
             f"In {flipped['name']!r} {_share(flipped['flipped_fraction'])} of the weights are not at their nearest "

@@ -269,6 +269,8 @@ def _score(run: Run) -> float:
 def unique_names(runs: Sequence[Run]) -> list[str]:
     """Names of the runs' folders, with as much of what is above them as tells them apart."""
     paths = [run.folder.resolve().parts for run in runs]
+    while min(map(len, paths)) > 1 and len({path[-1] for path in paths}) == 1 and len(set(paths)) == len(paths):
+        paths = [path[:-1] for path in paths]
     longest = max(map(len, paths))
     for depth in range(1, longest + 1):
         names = ["/".join(path[-depth:]) for path in paths]

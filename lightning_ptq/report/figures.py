@@ -114,7 +114,7 @@ def side_by_side(runs: Sequence[Run], names: Sequence[str]) -> Figure | None:
             axes.barh(rows + shift, numbers, height=0.34, color=colour, label=label)
             for row, value in zip(rows, numbers, strict=True):
                 if not math.isnan(value):
-                    axes.text(max(value, 0), row + shift, f" {value:.2f}", va="center", fontsize=7.5)
+                    axes.text(max(value, 0), row + shift, f"   {value:.2f}", va="center", fontsize=7.5)
         if teacher is not None:
             for row, value in zip(rows, values_of(run.summary.get(teacher) for run in runs), strict=True):
                 axes.vlines(value, row - 0.4, row + 0.4, color=GREY, linewidth=2)

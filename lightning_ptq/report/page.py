@@ -121,5 +121,6 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict) and value:
             found |= flat(value, f"{prefix}{key}.")
         else:
-            found[prefix + key] = value if isinstance(value, str) else json.dumps(value)
+            plain = f"{value:.4g}" if isinstance(value, float) else value
+            found[prefix + key] = plain if isinstance(plain, str) else json.dumps(plain)
     return found
