@@ -99,7 +99,11 @@ class _Units(ProgressBar):
         if batch_idx == 0 or not self._pace.steps:
             self._tell(trainer, pl_module)
             self._pace.begin_unit(time.monotonic())
-        self._pace.steps += 1
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """Look at it where a step ends."""
+        self._pace.step_done(time.monotonic())
+        super().on_train_batch_end(trainer, pl_module, *args)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Tell of the last unit."""
