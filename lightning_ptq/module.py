@@ -580,7 +580,9 @@ class PTQModule(Evaluation):
         if unit == len(self.epoch_names) - 1 and self.quant.placement == "hardware":
             round_biases(self.student, self.chains.layers)
         if report is not None:
-            self._log(report.name, {k: v for k, v in report.to_dict().items() if isinstance(v, float)})
+            numbers = {k: v for k, v in report.to_dict().items() if isinstance(v, float)}
+            images = self.steps_of(unit) * self.batch_size * self.trainer.world_size
+            self._log(report.name, numbers | {"images_per_second": images / report.seconds})
 
     def _log(self, name: str, numbers: dict[str, float]) -> None:
         """To the loggers at once: `self.log` would wait for a step that `log_every_n_steps` divides."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 def can_draw() -> bool:
     """Whether standard output is a terminal that moves its cursor, or a notebook."""
     console = Console()
-    return console.is_jupyter or (console.is_terminal and not console.is_dumb_terminal)
+    if console.is_jupyter:
+        return find_spec("ipywidgets") is not None  # rich draws with it, and warns without
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 def unit_title(trainer: L.Trainer, unit: int | None = None) -> str:

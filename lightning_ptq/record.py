@@ -38,14 +38,19 @@ def note(curves: Curves, name: str, step: int, terms: Mapping[str, float]) -> No
 
 
 def coarse(seen: Histogram) -> dict[str, Any]:
-    """The histogram in `BINS` bars or fewer: `start` of the first, `width` of each, `counts`."""
+    """The histogram in `BINS` bars or fewer: `start` of the first, `width` of each, `counts`.
+
+    `zeros` of them are in the bin at zero, where the values of a ReLU are zero as a rule.
+    """
     used = seen.counts.nonzero().flatten()
     first, last = int(used[0]), int(used[-1])
     factor = -(-(last - first + 1) // BINS)  # whole bins are put together, so that no count is split
+    zeros = seen.counts[-seen.first] if first <= -seen.first <= last else 0
     counts = torch.nn.functional.pad(seen.counts[first : last + 1], (0, -(last - first + 1) % factor))
     return {
         "start": (seen.first + first) * seen.width,
         "width": seen.width * factor,
+        "zeros": int(zeros),
         "counts": [int(n) for n in counts.view(-1, factor).sum(1).tolist()],
     }
 
@@ -65,11 +70,14 @@ def seen_by(student: Chain, histograms: Mapping[ActQuantizer, Histogram]) -> dic
 def activation_record(q: ActQuantizer, seen: Mapping[str, Any]) -> dict[str, Any]:
     """What a quantizer was shown, the range that it has now and had at first, and what that does to what was shown.
 
-    `sqnr_db` is of the float network's values; inside a bar they count as spread evenly.
+    `sqnr_db` is of the float network's values; inside a bar they count as spread evenly, but for the zeros.
     """
     points = (torch.arange(len(seen["counts"]) * _POINTS, dtype=torch.float64) + 0.5) / _POINTS
-    x = (seen["start"] + seen["width"] * points).float()
-    counts = torch.tensor(seen["counts"], dtype=torch.float64).repeat_interleave(_POINTS) / _POINTS
+    x = torch.cat([seen["start"] + seen["width"] * points, torch.zeros(1)]).float()
+    spread = torch.tensor(seen["counts"], dtype=torch.float64)
+    if seen["zeros"]:
+        spread[math.floor(-seen["start"] / seen["width"])] -= seen["zeros"]
+    counts = torch.cat([spread.repeat_interleave(_POINTS) / _POINTS, torch.tensor([float(seen["zeros"])])])
     error = (q(x.to(q.log_scale.device)).cpu() - x).double()
     (low, high), initial = grid_ends(q, q.scale), grid_ends(q, q.initial_log_scale.exp())
     outside = (x < low) | (x > high)
