@@ -128,7 +128,7 @@ def report(trainer: L.Trainer, module: PTQModule, folder: Path, confusions: dict
             page = write_report([folder], show=lambda *drawn: show_figure(trainer, *drawn))
             print(f"report: {page}", flush=True)  # noqa: T201 (the result)
     except Exception as error:
-        message = (str(error) or type(error).__name__).splitlines()[0]
+        message = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         warnings.warn(f"the report could not be drawn: {message}. The run is whole; try again: {again}", stacklevel=2)
 
 

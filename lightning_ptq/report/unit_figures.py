@@ -30,7 +30,7 @@ def units(run: Run) -> Figure | None:
     reports = run.summary["units"]
     if not reports:
         return None
-    figure = new_figure(1.0 + ROW * len(reports))
+    figure = new_figure(0.95 + ROW * len(reports))
     error, sqnr, information, flipped, seconds = figure.subplots(
         1, 5, sharey=True, width_ratios=[2.2, 1, 1, 1, 1], squeeze=True
     )
@@ -53,7 +53,7 @@ def units(run: Run) -> Figure | None:
             [before[row] for row in back], back, marker="x", color=RED, s=44, zorder=4, linewidth=2, label="put back"
         )
     error.set_title("error of the output")
-    error.legend(loc="upper center", bbox_to_anchor=(0.5, -0.45 / (ROW * len(reports))), ncols=3, handletextpad=0.1)
+    figure.legend(*error.get_legend_handles_labels(), loc="outside lower center", ncols=3, handletextpad=0.1)
     for axes, key, title, factor in (
         (sqnr, "sqnr_db", "SQNR, dB", 1.0),
         (information, "mi_lower_bound_nats", "MI bound, nats", 1.0),
@@ -129,7 +129,7 @@ def layers(run: Run) -> Figure | None:
     found = run.layers
     if not found:
         return None
-    figure = new_figure(1.0 + ROW * len(found))
+    figure = new_figure(0.95 + ROW * len(found))
     size, noise = figure.subplots(1, 2, sharey=True, width_ratios=[1.25, 1])
     rows = range(len(found))
     name_rows(size, [layer["name"] for layer in found])
@@ -142,7 +142,10 @@ def layers(run: Run) -> Figure | None:
                   f"{_kib(packed[row])}", va="center", fontsize=7.5)  # fmt: skip
     size.set_xlim(0, max(full) * 1.28)
     size.set_title("weights, KiB")
-    for key, colour, label, marker in (("weights", BLUE, "weights", "s"), ("reads", GREEN, "what it reads", "o")):
+    for key, colour, label, marker in (
+        ("weights", BLUE, "noise of weights", "s"),
+        ("reads", GREEN, "noise of what it reads", "o"),
+    ):
         entries = [layer["grid"] if key == "weights" else run.reads(layer) for layer in found]
         numbers = values_of(None if entry is None else entry["sqnr_db"] for entry in entries)
         noise.scatter(numbers, rows, color=colour, marker=marker, s=24, label=label, zorder=2)
@@ -150,9 +153,9 @@ def layers(run: Run) -> Figure | None:
     noise.grid(axis="y", visible=True)
     noise.tick_params(axis="y", length=0)
     noise.spines["left"].set_visible(False)
-    down = -0.45 / (ROW * len(found))
-    for axes in (size, noise):
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, down), ncols=2, handletextpad=0.4)
+    shown = [axes.get_legend_handles_labels() for axes in (size, noise)]
+    handles, labels = ([entry for both in kind for entry in both] for kind in zip(*shown, strict=True))
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, handletextpad=0.4)
     return figure
 
 
