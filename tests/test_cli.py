@@ -436,5 +436,5 @@ def test_report_draws_a_run_again_and_two_side_by_side(
     assert "layer1.0.conv1" in (tmp_path / "one.html").read_text()
     main(["report", str(finished), str(finished), "--output", str(tmp_path / "one.html"), "--overwrite", "true"])
     assert "2 runs side by side" in (tmp_path / "one.html").read_text()
-    with pytest.raises(PTQError, match="holds no run: there is no summary.json in it"):
+    with pytest.raises(PTQError, match=r"holds no run: there is no summary.json in it"):
         main(["report", str(tmp_path)])
