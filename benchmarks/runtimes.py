@@ -65,7 +65,7 @@ def write(model: nn.Module, seen: Tensor, folder: Path) -> nn.Module:
     """Write one file for each kind to `folder`; the teacher."""
     for kind, corrections in (("ours", False), ("ours, biases", True)):
         quant = ptq.QuantConfig(8, 8, placement="hardware", weight_symmetric=True)
-        module = ptq.PTQModule(model, quant, "nearest", corrections=corrections, batch_size=8, seed=0)
+        module = ptq.PTQModule(model, quant, "nearest", corrections=corrections, batch_size=8, seed=0, report=False)
         data = ptq.CalibrationDataModule.from_loaders([seen], calibration_samples=len(seen))
         calibrate(module, data, str(folder / f"run {kind}"))
         ptq.export_onnx(module, folder / f"{kind}.onnx", seen[:16])

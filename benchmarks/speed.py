@@ -64,7 +64,7 @@ def run(job: str, variant: str, root: Path, accelerator: str) -> dict[str, Any]:
     *_, (weight_bits, act_bits), steps = JOBS[job]
     yardstick = Yardstick(model, images, accelerator, len(images))
     module = ptq.PTQModule(
-        model, ptq.QuantConfig(weight_bits, act_bits), steps_per_unit=steps, seed=0, **VARIANTS[variant]
+        model, ptq.QuantConfig(weight_bits, act_bits), steps_per_unit=steps, seed=0, report=False, **VARIANTS[variant]
     )
     data = ptq.CalibrationDataModule.from_loaders([images], calibration_samples=len(images))
     yardstick.measure(3)

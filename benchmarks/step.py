@@ -140,7 +140,12 @@ def main() -> None:
     model, images = prepare(args.job, args.root)
     bits = JOBS[args.job][3]
     module = ptq.PTQModule(
-        model, ptq.QuantConfig(*bits), steps_per_unit=STEPS, seed=0, **{"network_steps": STEPS} | VARIANTS[args.variant]
+        model,
+        ptq.QuantConfig(*bits),
+        steps_per_unit=STEPS,
+        seed=0,
+        report=False,
+        **{"network_steps": STEPS} | VARIANTS[args.variant],
     )
     rate = matrix_rate(torch.device("cuda" if args.accelerator == "gpu" else "cpu"))
     measure = Measure(rate)
