@@ -34,8 +34,12 @@ def bytes_of(budget: int | str | None) -> int | None:
     """
     if budget is None:
         return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(i?)B|B)?", str(budget), re.ASCII)
-    size = int(float(match[1]) * (1024 if match[3] else 1000) ** _PREFIXES.index(match[2] or " ")) if match else 0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kKMGT])(i?)B|B)?", str(budget), re.ASCII)
+    size = (
+        int(float(match[1]) * (1024 if match[3] else 1000) ** _PREFIXES.index((match[2] or " ").upper()))
+        if match
+        else 0
+    )
     if size <= 0:
         raise PTQError(f"memory_budget={budget!r} is no size. Give bytes, or a number with a unit: '8GB' or '7.5GiB'.")
     return size

@@ -83,6 +83,8 @@ def _in_file(numel: int, dtype: torch.dtype, folder: Path | None) -> Tensor:
     if not size:
         return torch.empty(0, dtype=dtype)
     try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             if hasattr(os, "posix_fallocate"):  # a write to a mapped page that the disk has no room for kills
                 os.posix_fallocate(file.fileno(), 0, size)
