@@ -78,7 +78,10 @@ class Synthetic:
 
 def module_of(a: argparse.Namespace) -> ptq.PTQModule:
     """The network to calibrate; the last epoch, which is no unit, is left out."""
-    model = random_model(a.model)
+    model = random_model("resnet50")
+    for k in range(a.stages, 4):
+        setattr(model, f"layer{k + 1}", nn.Identity())
+        model.fc = nn.Linear(128 * 2**a.stages, 1000)
     settle(model, crops(64, 64, seed=1))
     return ptq.PTQModule(
         model,
@@ -151,11 +154,11 @@ def step(a: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--stages", type=int, default=4, help="leave out the stages behind so many of the four")
     parser.add_argument("--height", type=int, default=1224)
     parser.add_argument("--width", type=int, default=1632)
     parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--cache", default="auto")
     parser.add_argument("--budget", default="3GB")
@@ -168,7 +171,7 @@ def main() -> None:
         warnings.simplefilter("ignore")
         print(json.dumps({"fit": fit, "step": step}[a.only](a)))
         return
-    names = ("model", "height", "width", "images", "batch", "steps", "cache", "budget", "dtype")
+    names = ("stages", "height", "width", "images", "batch", "steps", "cache", "budget", "dtype")
     settings = {name: getattr(a, name) for name in names}
     options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     options += ["--folder", a.folder] if a.folder else []
