@@ -8,12 +8,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_ptq.allocator import keep_freed_memory
@@ -23,8 +24,8 @@ from lightning_ptq.cache import Minibatch, UnitCache
 from lightning_ptq.calibration import UnitReport
 from lightning_ptq.callbacks import model_callbacks
 from lightning_ptq.checkpoint import arguments_of, checked_checkpoint, read_checkpoint
-from lightning_ptq.checks import check_device, check_network_steps, check_settings, check_trainer
-from lightning_ptq.config import Granularity, QuantConfig
+from lightning_ptq.checks import check_device, check_network_steps, check_settings, check_trainer, run_folder
+from lightning_ptq.config import Granularity, QuantConfig, check_option
 from lightning_ptq.drop import DropMask
 from lightning_ptq.errors import PTQError
 from lightning_ptq.evaluation import Evaluation
@@ -36,6 +37,7 @@ from lightning_ptq.graph.taps import recorded
 from lightning_ptq.loader import UnitLoader
 from lightning_ptq.losses import ContrastiveConfig, Tail, Term, UnitBatch
 from lightning_ptq.losses.objectives import network_objective, unit_objective
+from lightning_ptq.memory import CachePolicy, CacheSizes, Room, bytes_of, unit_shapes
 from lightning_ptq.methods import (
     MethodName,
     Rounding,
@@ -50,12 +52,12 @@ from lightning_ptq.methods import (
 from lightning_ptq.network import NETWORK
 from lightning_ptq.optimizer import optimizer_of
 from lightning_ptq.overhead import QuickName, without_profiler
-from lightning_ptq.plan import unit_shapes
 from lightning_ptq.quantizers import forget_ranges
 from lightning_ptq.record import note
 from lightning_ptq.seeds import mixed_seed
 from lightning_ptq.selection import select
-from lightning_ptq.session import CachePolicy, Images, Session, World
+from lightning_ptq.session import Images, Session, World
+from lightning_ptq.store import CacheType
 from lightning_ptq.surroundings import Surroundings, likely_part, without_classes
 
 # State that is the user's model, not the calibration's: in no checkpoint.
@@ -90,7 +92,12 @@ class PTQModule(QuickName, Evaluation):
         part: qualified name of the submodule to quantize, all else stays in float; it takes one tensor and returns
             tensors. None takes all of the model, or the `backbone` of a detector; "" takes all in any case.
         terms: further loss terms of units by name; they do not join the last epoch.
-        cache: where activations are kept: on the "device", on the "host", or "auto": on the device if they fit.
+        cache: where activations are kept: on the "device", on the "host", on "disk", or "auto": the first of these that
+            has room (see `memory.py`).
+        memory_budget: what they may take in memory on each process, in bytes or with a unit ("8GB"); None: half of
+            what is free.
+        cache_dtype: "bfloat16" rounds what is kept, which halves it; all computation stays as it is.
+        cache_folder: for those on disk; None takes the run folder.
         held_out: share of the calibration images that no step draws; they judge each unit and measure its information.
         allow_drift: go on with a checkpoint of other weights, settings, images or of another major version; a warning
             names what differs.
@@ -134,6 +141,9 @@ class PTQModule(QuickName, Evaluation):
         part: str | None = None,
         terms: dict[str, Term] | None = None,
         cache: CachePolicy = "auto",
+        memory_budget: int | str | None = None,
+        cache_dtype: CacheType = "float32",
+        cache_folder: str | None = None,
         held_out: float = 0.0,
         allow_drift: bool = False,
         report: bool = True,
@@ -189,7 +199,10 @@ class PTQModule(QuickName, Evaluation):
         self.allow_drift, self.draws_report = allow_drift, report
         # What learns nothing needs no steps; one keeps Lightning's loop, and so validation and checkpoints, alive.
         self.steps_per_unit = steps_per_unit if self.method.learns else 1
-        self.batch_size, self.cache_policy = batch_size, cache
+        check_option(cache, get_args(CachePolicy), "cache")
+        check_option(cache_dtype, get_args(CacheType), "cache_dtype")
+        self.batch_size, self.cache_policy, self.cache_dtype = batch_size, cache, cache_dtype
+        self.memory_budget, self.cache_folder = bytes_of(memory_budget), cache_folder
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         default_rounding_lr, default_scale_lr = default_rates(self.steps_per_unit)
         self.rounding_lr = default_rounding_lr if rounding_lr is None else rounding_lr
@@ -527,6 +540,10 @@ class PTQModule(QuickName, Evaluation):
             allow_drift=self.allow_drift,
             round_again=self.network_rounding_lr > 0,
             correction=self.method.distribution_steps,
+            budget=self.memory_budget,
+            dtype=self.cache_dtype,
+            folder=self.folder_of_caches(),
+            say=rank_zero_info,
             layers=self.chains.layers,
             learned=self.method.rounding != "nearest",
         )
@@ -543,6 +560,16 @@ class PTQModule(QuickName, Evaluation):
             # DDP registers what requires grad when it wraps; without a new wrap the ranks diverge silently.
             strategy.model = strategy.lightning_module
             strategy.configure_ddp()
+
+    def folder_of_caches(self) -> Path:
+        """Where caches lie that are on disk. A collective call: every process must make it."""
+        return run_folder(self.trainer) if self.cache_folder is None else Path(self.cache_folder)
+
+    def caches(self, shape: tuple[int, ...], samples: int, room: Room) -> str:
+        """How large caches become, and where they would be kept, for images of `shape` that the network reads."""
+        corrected = self.method.distribution_steps > 0
+        sizes = CacheSizes.of(self.teacher, unit_shapes(self.teacher, shape), samples, self.cache_dtype, corrected)
+        return room.text(sizes, room.choose(self.cache_policy, sizes))
 
     def checked(self, images: Tensor) -> Tensor:
         """What the quantized network reads of the calibration images, before anything long is done with them."""
@@ -666,5 +693,6 @@ class PTQModule(QuickName, Evaluation):
             "scale_lr": self.scale_lr,
             "rounding_weight": self.rounding_weight,
             "critic": asdict(self.critic),
+            "cache_dtype": self.cache_dtype,
             "seed": self.seed,
         }
