@@ -40,7 +40,8 @@ class UnitReport:
 
     `mse` is the reconstruction loss, before calibration and of the unit as it is left: where calibration was not
     accepted, both are the same. For the whole network (`network.py`), it is that of the final output, before and after
-    the last epoch. The next five are of its output against the teacher's (`metrics.py`).
+    the last epoch. The next five are of its output against the teacher's (`metrics.py`). `settled_after` is the share
+    of its steps behind which the rest was cut short, if it was (`settling.py`).
     """
 
     name: str
@@ -54,6 +55,7 @@ class UnitReport:
     flipped_fraction: float
     accepted: bool
     seconds: float = 0.0  # of steps and judgement, which the session measures
+    settled_after: float | None = None
 
     def to_dict(self) -> dict[str, object]:
         """Plain values only."""
@@ -150,6 +152,13 @@ def _run_unit(unit: nn.Module, x: Tensor, name: str) -> Tensor:
         ) from error
 
 
+def judged_errors(cache: UnitCache, importance: Tensor | None) -> Tensor:
+    """Reconstruction errors (N,) of the cache's unit, as quantized now, for the images that judge it."""
+    target = cache.teacher_out[cache.judged]
+    dim = cache.student.channel_dim(cache.unit, target.shape)
+    return Comparison(cache.device, dim, importance).over(cache.student_out(cache.judged), target).errors
+
+
 def finish_unit(
     cache: UnitCache, importance: Tensor | None, mean: Callable[[Tensor], Tensor]
 ) -> tuple[UnitReport, Tensor]:
@@ -167,7 +176,7 @@ def finish_unit(
     target = cache.teacher_out[rows]
     dim = cache.student.channel_dim(cache.unit, target.shape)
     with initial_ranges(unit):
-        before = Comparison(cache.device, dim, importance).over(cache.student_out(rows), target).errors
+        before = judged_errors(cache, importance)
     out = cache.student_out()
     found = Comparison(cache.device, dim, importance).over(out[rows], target)
     errors = [float(mean(x.mean())) for x in (before, found.errors)]

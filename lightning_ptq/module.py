@@ -99,6 +99,8 @@ class PTQModule(QuickName, Evaluation):
         cache_dtype: "bfloat16" rounds what is kept, which halves it; all computation stays as it is.
         cache_folder: for those on disk; None takes the run folder.
         held_out: share of the calibration images that no step draws; they judge each unit and measure its information.
+        settle: a unit's steps are cut short once the error of the images that judge it falls by less than this share
+            within a tenth of them (see `settling.py`); 0 takes all steps.
         allow_drift: go on with a checkpoint of other weights, settings, images or of another major version; a warning
             names what differs.
         report: draw `report.html` when a fit ends. Without, `lightning-ptq report RUN` draws it at any time.
@@ -145,6 +147,7 @@ class PTQModule(QuickName, Evaluation):
         cache_dtype: CacheType = "float32",
         cache_folder: str | None = None,
         held_out: float = 0.0,
+        settle: float = 0.0,
         allow_drift: bool = False,
         report: bool = True,
         seed: int | None = None,
@@ -160,6 +163,7 @@ class PTQModule(QuickName, Evaluation):
             network_features=network_features,
             rounding_weight=rounding_weight,
             held_out=held_out,
+            settle=settle,
         )
         coordinates = get_method(
             method,
@@ -225,7 +229,8 @@ class PTQModule(QuickName, Evaluation):
         # Lightning and DDP insist on a gradient; a unit that has nothing to learn gives them this one.
         self.anchor = nn.Parameter(torch.zeros(()))
 
-        self.session = Session(self.teacher, self.student)
+        self.settle = settle
+        self.session = Session(self.teacher, self.student, settle)
         self.model_digest = model_digest(self.teacher)
         if surroundings is not None:  # what the part reads depends on them
             self.model_digest += model_digest(surroundings)
@@ -321,7 +326,7 @@ class PTQModule(QuickName, Evaluation):
         Not earlier: a fit that is refused must leave the module as it was.
         """
         if not self.trainer.ckpt_path:
-            self.session = Session(self.teacher, self.student)
+            self.session = Session(self.teacher, self.student, self.settle)
             forget_ranges(self.student)
 
     def on_train_start(self) -> None:
@@ -355,7 +360,9 @@ class PTQModule(QuickName, Evaluation):
     def training_step(self, batch: Minibatch, batch_idx: int) -> Tensor:
         """One step of the current unit, or of the whole network: the sum of the objective's terms."""
         unit, name = self.trainer.current_epoch, self.epoch_names[self.trainer.current_epoch]
-        progress = batch_idx / self.trainer.num_training_batches
+        progress = self.session.progress(batch_idx, int(self.trainer.num_training_batches))
+        if progress >= 1.0:
+            return self._nothing()
         if unit == len(self.student):
             terms = self._network_terms(batch, batch_idx, progress)
         else:
@@ -464,6 +471,11 @@ class PTQModule(QuickName, Evaluation):
             )
         )
         return terms
+
+    def _nothing(self) -> Tensor:
+        """The loss of a step that is to change nothing: DDP insists on a gradient of all that it watches."""
+        self._set_rates()
+        return sum((0.0 * parameter.sum() for parameter in self._selection.trained), 0.0 * self.anchor)
 
     def _clean_out(self, unit: int, batch: Minibatch) -> Tensor:
         """The unit's output without drop and mixed input, at the Trainer's precision."""
@@ -689,6 +701,7 @@ class PTQModule(QuickName, Evaluation):
             "augment": asdict(self.augment),
             "batch_size": self.batch_size,
             "held_out": self.held_out,
+            "settle": self.settle,
             "rounding_lr": self.rounding_lr,
             "scale_lr": self.scale_lr,
             "rounding_weight": self.rounding_weight,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_ptq.allocation import allocate, apply
 from lightning_ptq.cache import UnitCache
-from lightning_ptq.calibration import RANGE_IMAGES, UnitReport, estimate_ranges, finish_unit
+from lightning_ptq.calibration import RANGE_IMAGES, UnitReport, estimate_ranges, finish_unit, judged_errors
 from lightning_ptq.config import QuantConfig
 from lightning_ptq.equalize import equalize
 from lightning_ptq.errors import PTQError
@@ -29,6 +29,7 @@ from lightning_ptq.network import NetworkCache, NetworkStart, finish_network, pu
 from lightning_ptq.quantizers import weight_quantizers
 from lightning_ptq.record import Curves, seen_by
 from lightning_ptq.sensitivity import sensitivities
+from lightning_ptq.settling import Settling
 from lightning_ptq.store import CacheType, Store, run_chunked
 
 # Fewer images than these judge by chance.
@@ -94,8 +95,8 @@ class Images:
 class Session:
     """One calibration of `student` against `teacher`, from its start or from a checkpoint's `state()`."""
 
-    def __init__(self, teacher: Chain, student: Chain) -> None:
-        self.teacher, self.student = teacher, student
+    def __init__(self, teacher: Chain, student: Chain, settle: float = 0.0) -> None:
+        self.teacher, self.student, self.settling = teacher, student, Settling(settle)
         self.reports: list[UnitReport] = []
         self.wall_seconds = dict.fromkeys(CLOCKS, 0.0)
         self.image_digest: int | None = None
@@ -132,6 +133,7 @@ class Session:
             "curves": deepcopy(self.curves),
             "seen": self.seen,
             "network_start": None if self._network_start is None else self._network_start.to_dict(),
+            "settling": self.settling.to_dict(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -139,8 +141,9 @@ class Session:
         self.image_digest = state["images"]
         self.reports = [UnitReport(**report) for report in state["reports"]]
         self.calibration_agreement = state["calibration_agreement"]
-        # An older checkpoint has neither.
+        # An older checkpoint has none of these.
         self.curves, self.seen = deepcopy(state.get("curves", {})), state.get("seen", {})
+        self.settling = Settling(self.settling.tolerance, **state.get("settling", {}))
         if state["bits"] is not None:
             self.use_bits(state["bits"])
         self.wall_seconds, self._carried_seconds = dict(state["wall_seconds"]), state["unit_seconds"]
@@ -154,6 +157,7 @@ class Session:
         """
         self._unit_clock, self._carried_seconds = time.monotonic() - self._carried_seconds, 0.0
         self._world, self._last = world, len(self.student) - 1 + data.network
+        self.settling.enter(unit)
         # The way to the network leads through the head, also where a fit is resumed behind it: its cache holds the
         # teacher's side, and a checkpoint may have been written before the head was judged.
         self._enter_unit(min(unit, len(self.student) - 1), data, world)
@@ -187,6 +191,14 @@ class Session:
             assert out is not None
             self._network_start = NetworkStart.of(self.cache, out, world.mean)
 
+    def progress(self, step: int, steps: int) -> float:
+        """Share of its schedules that the epoch in progress has done; looks at a unit's error where that is due."""
+        if self.settling.looks(step, steps) and isinstance(self.cache, UnitCache):
+            assert self._world is not None
+            errors = judged_errors(self.cache, self.importance_of(self.cache.unit))
+            self.settling.look(float(self._world.mean(errors.mean())), step, steps)
+        return self.settling.progress(step, steps)
+
     def finish(self, unit: int) -> UnitReport | None:
         """Judge the unit whose steps are done; its report, or None if it was judged before."""
         if self.cache is None or len(self.reports) != unit:
@@ -205,7 +217,7 @@ class Session:
         if unit == self._last:
             out = self._judge_all(out)
         seconds = time.monotonic() - self._unit_clock
-        self.reports[-1] = replace(self.reports[-1], seconds=seconds)
+        self.reports[-1] = replace(self.reports[-1], seconds=seconds, settled_after=self.settling.since)
         if unit >= len(self.student) - 1:  # the output is the network's
             drawn, cache = slice(self.cache.drawn), self.cache
             if has_scores(out) and not self.student.is_part:

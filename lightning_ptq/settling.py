@@ -20,13 +20,14 @@ class Settling:
     Attributes:
         tolerance: share of the error by which it has to fall from one look to the next, or it has settled; 0 never
             looks.
-        unit: the unit in progress. error: at the last look; None before the first. since: step at which it settled.
+        unit: the unit in progress. error: at the last look; None before the first.
+        since: share of its steps behind which it had settled; None: it has not.
     """
 
     tolerance: float
     unit: int = -1
     error: float | None = None
-    since: int | None = None
+    since: float | None = None
 
     def enter(self, unit: int) -> None:
         """Begin with a unit, unless it is the one in progress, that a checkpoint goes on with."""
@@ -40,18 +41,18 @@ class Settling:
         due = first <= step < (1.0 - _ENDING) * steps and (step - first) % every == 0
         return self.tolerance > 0 and self.since is None and due
 
-    def look(self, error: float, step: int) -> None:
-        """Take note of the error before `step`; NaN settles nothing."""
+    def look(self, error: float, step: int, steps: int) -> None:
+        """Take note of the error before `step` of `steps`; NaN settles nothing."""
         if self.error is not None and error > self.error * (1.0 - self.tolerance):
-            self.since = step
+            self.since = step / steps
         self.error = error
 
     def progress(self, step: int, steps: int) -> float:
         """Share of its schedules that the unit has behind it at `step` of `steps`; 1 where nothing is left to do."""
+        done = step / steps
         if self.since is None:
-            return step / steps
-        start, ending = self.since / steps, max(1, round(_ENDING * steps))
-        return min(1.0, start + (step - self.since) / ending * (1.0 - start))
+            return done
+        return min(1.0, self.since + (done - self.since) / _ENDING * (1.0 - self.since))
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, for a checkpoint."""
