@@ -61,4 +61,4 @@ def test_the_two_commands_are_those_of_ci() -> None:
     text = README.read_text()
     for command in ('pip install -e ".[demo,dev]"', "pytest"):
         assert f"    {command}\n" in text
-    assert '-e ".[demo,dev]"' in ci
+    assert '-e ".[demo,dev,docs]"' in ci

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,7 +104,8 @@ def _row(name: str, default: Any, text: str | None) -> str:
     if default is None or isinstance(default, bool):
         default = {None: "null", True: "true", False: "false"}[default]
     shown = "" if default == argparse.SUPPRESS else f"`{default}`"
-    return f"| `{name}` | {shown} | {' '.join((text or '').split()).replace('|', chr(92) + '|')} |"
+    meaning = re.sub(r"`*\bNone\b`*", "`null`", " ".join((text or "").split())).replace("|", chr(92) + "|")
+    return f"| `{name}` | {shown} | {meaning} |"
 
 
 if __name__ == "__main__":
