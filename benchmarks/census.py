@@ -107,7 +107,9 @@ def go(name: str) -> dict[str, Any]:
     with torch.no_grad():
         expected = model(images)
     error = deviation(model, images) if sum(p.numel() for p in model.parameters()) < _LARGE else None
-    module = ptq.PTQModule(model, method="adaround", granularity="block", steps_per_unit=1, batch_size=2, seed=0)
+    module = ptq.PTQModule(
+        model, method="adaround", granularity="block", steps_per_unit=1, batch_size=2, seed=0, report=False
+    )
     del model
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(

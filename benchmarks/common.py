@@ -50,14 +50,15 @@ def calibrate(module: PTQModule, data: CalibrationDataModule, folder: str, *call
 
 
 class Yardstick:
-    """F: seconds of one float32 forward pass of the folded network over 1024 images in batches of 32.
+    """F: seconds of one float32 forward pass of the folded network over `count` images in batches of 32.
 
     Machines change their speed within a run, so passes are taken all along it, and F is their median.
     """
 
-    def __init__(self, model: nn.Module, images: torch.Tensor) -> None:
-        self.chain = build_chain(model, QuantConfig(), "net").teacher
-        self.batches = images[torch.arange(1024) % len(images)].split(32)
+    def __init__(self, model: nn.Module, images: torch.Tensor, accelerator: str = "cpu", count: int = 1024) -> None:
+        self.device = torch.device("cuda" if accelerator == "gpu" else "cpu")
+        self.chain = build_chain(model, QuantConfig(), "net").teacher.to(self.device)
+        self.batches = images[torch.arange(count) % len(images)].split(32)
         self.seconds: list[float] = []
 
     def measure(self, passes: int = 1) -> None:
@@ -66,7 +67,9 @@ class Yardstick:
             for _ in range(passes):
                 start = time.perf_counter()
                 for batch in self.batches:
-                    self.chain(batch)
+                    self.chain(batch.to(self.device))
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
                 self.seconds.append(time.perf_counter() - start)
 
     @property

@@ -41,7 +41,7 @@ def network(name: str) -> nn.Module:
 def seconds(name: str, size: int, steps: int, settings: dict[str, Any]) -> float:
     """Seconds of all units' steps of one calibration at W2A2, with 64 images of `size` x `size` pixels."""
     module = ptq.PTQModule(
-        network(name), ptq.QuantConfig(2, 2), steps_per_unit=steps, network_steps=0, seed=0, **settings
+        network(name), ptq.QuantConfig(2, 2), steps_per_unit=steps, network_steps=0, seed=0, report=False, **settings
     )
     images = torch.randn(64, 3, size, size, generator=torch.Generator().manual_seed(0))
     data = ptq.CalibrationDataModule.from_loaders(images.split(32), calibration_samples=64)

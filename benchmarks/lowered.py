@@ -32,7 +32,7 @@ QUANT = ptq.QuantConfig(8, 8, placement="hardware", weight_symmetric=True)
 def go(name: str, root: Path, images: int, batches: list[int], repeats: int) -> None:
     """Print the rows of one network."""
     model, seen, others = network(name, root, images)
-    module = ptq.PTQModule(model, QUANT, "nearest", batch_size=8, seed=0)
+    module = ptq.PTQModule(model, QUANT, "nearest", batch_size=8, seed=0, report=False)
     data = ptq.CalibrationDataModule.from_loaders([seen], calibration_samples=len(seen))
     with tempfile.TemporaryDirectory() as folder:
         calibrate(module, data, folder)

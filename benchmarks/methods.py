@@ -116,6 +116,7 @@ def run_one(settings: dict[str, Any], root: Path, threads: int) -> dict[str, Any
         steps_per_unit=settings["steps"],
         network_steps=settings["network_steps"],
         seed=seed,
+        report=False,
         **{"rounding_weight": 0.01, **options},  # the papers', and the default when most rows were measured
     )
     data = ptq.ImageFolderData(str(root), resize=None, crop=None, calibration_samples=samples, seed=seed)

@@ -52,7 +52,7 @@ def go(name: str, bits: str, placement: Any, root: Path, images: int) -> str:
     warnings.simplefilter("ignore")
     model, seen, others = network(name, root, images)
     quant = ptq.QuantConfig(int(bits[1]), int(bits[3]), placement=placement, weight_symmetric=placement == "hardware")
-    module = ptq.PTQModule(model, quant, "nearest", batch_size=8, seed=0)
+    module = ptq.PTQModule(model, quant, "nearest", batch_size=8, seed=0, report=False)
     with tempfile.TemporaryDirectory() as folder:
         data = ptq.CalibrationDataModule.from_loaders([seen], calibration_samples=len(seen))
         calibrate(module, data, folder)

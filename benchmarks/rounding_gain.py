@@ -35,6 +35,7 @@ def main() -> None:
             steps_per_unit=args.steps,
             network_steps=0,
             seed=0,
+            report=False,
         )
         data = ImageFolderData(str(args.root), resize=None, crop=None, seed=0, validation_folder=None)
         with tempfile.TemporaryDirectory() as folder:

@@ -42,7 +42,9 @@ def network() -> nn.Module:
 def calibrate(model: nn.Module) -> None:
     """A short fit with all that one has: contrastive term, last epoch, validation, checkpoints, summary."""
     images = torch.randn(32, 3, 8, 8)
-    module = PTQModule(model, QuantConfig(2, 2), contrastive=True, steps_per_unit=3, network_steps=2, batch_size=8)
+    module = PTQModule(
+        model, QuantConfig(2, 2), contrastive=True, steps_per_unit=3, network_steps=2, batch_size=8, report=False
+    )
     data = CalibrationDataModule.from_loaders([images], DataLoader(images, batch_size=16), calibration_samples=32)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         fit(module, data, folder)

@@ -90,7 +90,7 @@ def prepared(data: str, root: Path, epochs: int, weights: Path | None) -> tuple[
 def summary_of(model: nn.Module, data: CalibrationDataModule, bits: int, **options: Any) -> dict[str, Any]:
     """The summary of one calibration."""
     with tempfile.TemporaryDirectory() as folder:
-        calibrate(PTQModule(model, QuantConfig(bits, bits), **options), data, folder)
+        calibrate(PTQModule(model, QuantConfig(bits, bits), report=False, **options), data, folder)
         return json.loads((Path(folder) / "summary.json").read_text())  # type: ignore[no-any-return]
 
 

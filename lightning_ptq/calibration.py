@@ -59,13 +59,18 @@ class UnitReport:
         return asdict(self)
 
 
-def estimate_ranges(student: Chain, images: Tensor, config: QuantConfig, device: torch.device, gather: Gather) -> None:
+def estimate_ranges(
+    student: Chain, images: Tensor, config: QuantConfig, device: torch.device, gather: Gather
+) -> dict[ActQuantizer, Histogram]:
     """Give every quantizer of `student` its starting range.
 
     Weights are searched on their own values; activations in one pass of the float network over `images` (N, C, H, W).
 
     Args:
         gather: tensor -> that tensor of every process, so that all processes get the same ranges.
+
+    Returns:
+        What each activation quantizer was shown.
 
     Raises:
         PTQError: NaN or infinite weights or activations, naming the layer or unit, or images the network can't take.
@@ -76,8 +81,10 @@ def estimate_ranges(student: Chain, images: Tensor, config: QuantConfig, device:
             w.set_range(layer.weight, *weight_range(layer.weight, w, config))
         except PTQError as error:
             raise PTQError(f"layer {name!r}: {error}. Check the model's weights.") from None
-    for q, histogram in observe(student, images, device, gather).items():
+    seen = observe(student, images, device, gather)
+    for q, histogram in seen.items():
         q.start(histogram, config.act_range)
+    return seen
 
 
 def weight_range(weight: Tensor, quantizer: WeightQuantizer, config: QuantConfig) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What a fit shows and leaves behind: progress by unit, a checkpoint for every unit, predictions."""
+"""What a fit brings with it and leaves behind: a checkpoint for every unit, predictions."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_ptq.checks import run_folder
 from lightning_ptq.files import write_whole
 from lightning_ptq.interruptions import Interruptions, end_with_launcher
+from lightning_ptq.progress import UnitRichBar, UnitTQDMBar
 from lightning_ptq.summary import RunSummary
 
 if TYPE_CHECKING:
@@ -22,52 +23,6 @@ if TYPE_CHECKING:
 
 # Steps after which a unit is long enough to be worth checkpoints in its middle.
 _LONG_UNIT = 1000
-
-
-def unit_title(trainer: L.Trainer) -> str:
-    """ "unit k/K name" of the epoch in progress."""
-    names = trainer.lightning_module.epoch_names
-    unit = min(trainer.current_epoch, len(names) - 1)  # type: ignore[arg-type]
-    return f"unit {unit + 1}/{len(names)} {names[unit]}"  # type: ignore[index,arg-type]
-
-
-def current_terms(trainer: L.Trainer, metrics: dict[str, Any]) -> dict[str, Any]:
-    """What of a bar's `metrics` says something: no version number, no term that was left behind by another epoch."""
-    module: PTQModule = trainer.lightning_module  # type: ignore[assignment]
-    objectives = [module.objective, module.network_objective]
-    current = objectives.pop(trainer.current_epoch >= len(module.student)).terms
-    (other,) = objectives
-    stale = {"v_num", *other.terms} - set(current)
-    return {key: value for key, value in metrics.items() if key not in stale}
-
-
-class UnitRichBar(RichProgressBar):
-    """Lightning's rich bar with units in the place of epochs."""
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return unit_title(self.trainer)
-
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """The loss terms of the epoch in progress."""
-        return current_terms(trainer, super().get_metrics(trainer, pl_module))
-
-    def disable(self) -> None:
-        """Draw no more: what is printed from here on comes behind the bar, in a pipe too."""
-        super().disable()
-        if self.progress is not None:
-            self.progress.stop()
-
-
-class UnitTQDMBar(TQDMProgressBar):
-    """Lightning's tqdm bar with units in the place of epochs."""
-
-    def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        super().on_train_epoch_start(trainer, *args)
-        self.train_progress_bar.set_description(unit_title(trainer))
-
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """The loss terms of the epoch in progress."""
-        return current_terms(trainer, super().get_metrics(trainer, pl_module))
 
 
 class UnitCheckpoint(ModelCheckpoint):

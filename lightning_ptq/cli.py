@@ -1,4 +1,4 @@
-"""The command line: `lightning-ptq fit|validate|test|predict|plan|sensitivity|export|compare`."""
+"""The command line: `lightning-ptq fit|validate|test|predict|plan|sensitivity|export|compare|report`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lightning_ptq.building import build_network, is_torchvision
 from lightning_ptq.callbacks import PredictionFile
 from lightning_ptq.checkpoint import read_checkpoint
 from lightning_ptq.checks import check_run_folder, run_folder
-from lightning_ptq.commands import Trainer, build_module
+from lightning_ptq.commands import Trainer, build_module, report, report_parser
 from lightning_ptq.datamodule import CalibrationDataModule
 from lightning_ptq.errors import PTQError
-from lightning_ptq.failures import explained, report
+from lightning_ptq.failures import exit_code, explained
 from lightning_ptq.files import write_whole
 from lightning_ptq.interruptions import LAUNCHER
 from lightning_ptq.parser import PROGRAM, USAGE, CommandParser
@@ -77,6 +77,13 @@ class PTQCLI(LightningCLI):
         return LightningCLI.subcommands() | {
             name: {"model", "datamodule"} for name in ("plan", "sensitivity", "export", "compare")
         }
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """`report` is listed with the others, though `main` runs it without a Trainer."""
+        super()._add_subcommands(parser, **kwargs)
+        told = report_parser()
+        assert parser._subcommands_action is not None
+        parser._subcommands_action.add_subcommand("report", told, help=told.description)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would take settings from the checkpoint, and what they name is imported and called."""
@@ -174,7 +181,12 @@ def main(args: ArgsType = None) -> None:
         sys.path.append(str(Path.cwd()))
     if "LOCAL_RANK" not in os.environ:
         os.environ[LAUNCHER] = str(os.getpid())
+    given = sys.argv[1:] if args is None else args
+    words = [word for word in given if word != "--debug"] if isinstance(given, list) else []
     try:
+        if words[:1] == ["report"]:
+            report(words[1:])
+            return
         PTQCLI(
             build_module,
             CalibrationDataModule,
@@ -193,7 +205,7 @@ def main(args: ArgsType = None) -> None:
         sys.stdout.flush()  # here, where it can be said that nobody reads
     except BaseException as error:
         if args is None:
-            sys.exit(report(error))
+            sys.exit(exit_code(error))
         told = explained(error)
         if told is None:
             raise

@@ -1,9 +1,9 @@
-"""What the command line does beyond Lightning's own subcommands: `plan`, `sensitivity`, `export`, `compare`."""
+"""What the command line does beyond Lightning: `plan`, `sensitivity`, `export`, `compare` and `report`."""
 
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,28 @@ from lightning_ptq.errors import PTQError
 from lightning_ptq.export import compare_lowered, export_onnx, export_pt2, save_packed
 from lightning_ptq.front import front_data, front_text, pareto_front, plot_front
 from lightning_ptq.module import PTQModule
+from lightning_ptq.parser import PROGRAM, CommandParser
 from lightning_ptq.plan import plan_text
+from lightning_ptq.report import write_report
 from lightning_ptq.summary import write_json
+
+
+def report_parser() -> CommandParser:
+    """Arguments of `report`, which needs neither model nor data nor Trainer."""
+    parser = CommandParser(prog=f"{PROGRAM} report", description="Draw the report of a run, or several side by side.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder that a fit has left")
+    parser.add_argument("--output", help="the .html file to write; by default report.html in the folder of the one run")
+    parser.add_argument(
+        "--layers", nargs="+", default=[], metavar="PATTERN", help="layers whose histograms are drawn too"
+    )
+    parser.add_argument("--overwrite", type=bool, default=False, help="replace an output that is there")
+    return parser
+
+
+def report(arguments: Sequence[str]) -> None:
+    """Draw a report from what is in run folders, and say where it is."""
+    told = report_parser().parse_args(list(arguments))
+    print(f"report: {write_report(told.runs, told.output, layers=told.layers, overwrite=told.overwrite)}")
 
 
 class NoModel(L.LightningModule):
@@ -88,11 +108,8 @@ class Trainer(L.Trainer):
         print(front_text(found, front, model.quant.budget))
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "sensitivity.json", front_data(found, front))
-        written = [folder / "sensitivity.json"]
-        if find_spec("matplotlib"):
-            written.append(folder / "sensitivity.png")
-            plot_front(front, model.quant.budget, written[-1])
-        print(f"\nwritten: {', '.join(map(str, written))}")
+        plot_front(front, model.quant.budget, folder / "sensitivity.png")
+        print(f"\nwritten: {folder / 'sensitivity.json'}, {folder / 'sensitivity.png'}")
 
     def export(
         self,

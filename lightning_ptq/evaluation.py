@@ -25,6 +25,9 @@ class Evaluation(L.LightningModule):
         # What a part's model is around it, in float; None where all of the model is quantized.
         self.surroundings = surroundings
         self._gives_tensor: bool | None = None
+        # Of images that have classes: this process's, as the last validation found them, see `record.confusion`.
+        self.class_pairs: dict[str, list[Tensor]] = {}
+        self.class_count = 0
         self.rates = nn.ModuleDict({name: measure() for name, measure in MEASURES.items()})
 
     def forward(self, x: Any, *further: Any) -> Any:
@@ -72,6 +75,10 @@ class Evaluation(L.LightningModule):
                 self._measure(f"{name}_sqnr_db", output, teacher)
                 if has_classes:
                     self._measure(f"{name}_agreement", classes(output), classes(teacher))
+                if has_classes and teacher.dim() == 2:
+                    self.class_count = teacher.shape[1]
+                    pairs = classes(teacher) * self.class_count + classes(output)
+                    self.class_pairs.setdefault(name, []).append(pairs)
 
     def _comparison(self, images: Any) -> tuple[Callable[[Chain], Tensor], bool]:
         """(chain -> what to compare of it on `images`, whether that is the model's own output and not a part's).
@@ -98,6 +105,14 @@ class Evaluation(L.LightningModule):
             self._measure(f"{name}_miou", output, labels)
             predicted, labels = (x[labels != NO_LABEL] for x in (predicted, labels))
         self._measure(f"{name}_top1", predicted, labels)
+
+    def on_validation_epoch_start(self) -> None:
+        """What was found before says nothing about the network as it is now."""
+        self.class_pairs = {}
+
+    def on_test_epoch_start(self) -> None:
+        """As in a validation."""
+        self.on_validation_epoch_start()
 
     def on_test_start(self) -> None:
         """Refuse to pass the float network off as the quantized one."""

@@ -42,7 +42,7 @@ def explained(error: BaseException) -> PTQError | None:
     return PTQError(str(error)) if lost_process(error) else None
 
 
-def report(error: BaseException) -> int:
+def exit_code(error: BaseException) -> int:
     """Say what is wrong on one line of stderr, and give the exit code. With --debug the traceback comes first."""
     if isinstance(error, SystemExit):
         # Lightning ends a run at Ctrl-C with code 1.

@@ -98,19 +98,11 @@ def finite(value: Any) -> Any:
 
 
 def plot_front(front: Mapping[float, Allocation], budget: Budget, path: Path) -> None:
-    """Error against cost, as a PNG.
+    """Error against cost, as a PNG."""
+    from matplotlib.figure import Figure  # only now: it takes longer to import than the rest of this file
 
-    Raises:
-        PTQError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise PTQError("the plot needs matplotlib: pip install matplotlib, or leave the plot out.") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.subplots()
     axes.plot([best.cost for best in front.values()], [best.error for best in front.values()], marker="o")
     for bits, best in front.items():
         axes.annotate(f"{bits:g}", (best.cost, best.error), textcoords="offset points", xytext=(5, 5), fontsize=8)
@@ -118,4 +110,3 @@ def plot_front(front: Mapping[float, Allocation], budget: Budget, path: Path) ->
     axes.set(xlabel=f"{label} (numbers: average_bits)", ylabel="error of the output, to first order", yscale="log")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -49,8 +49,10 @@ from lightning_ptq.methods import (
 )
 from lightning_ptq.network import NETWORK
 from lightning_ptq.optimizer import optimizer_of
+from lightning_ptq.overhead import QuickName, without_profiler
 from lightning_ptq.plan import unit_shapes
 from lightning_ptq.quantizers import forget_ranges
+from lightning_ptq.record import note
 from lightning_ptq.seeds import mixed_seed
 from lightning_ptq.selection import select
 from lightning_ptq.session import CachePolicy, Images, Session, World
@@ -60,7 +62,7 @@ from lightning_ptq.surroundings import Surroundings, likely_part, without_classe
 _FROZEN = ("teacher.", "surroundings.")
 
 
-class PTQModule(Evaluation):
+class PTQModule(QuickName, Evaluation):
     """Frozen full-precision teacher and quantized student; training optimises quantization parameters only.
 
     Args:
@@ -92,6 +94,7 @@ class PTQModule(Evaluation):
         held_out: share of the calibration images that no step draws; they judge each unit and measure its information.
         allow_drift: go on with a checkpoint of other weights, settings, images or of another major version; a warning
             names what differs.
+        report: draw `report.html` when a fit ends. Without, `lightning-ptq report RUN` draws it at any time.
         seed: seed of every random draw; None takes that of `lightning.seed_everything`, or else 0.
 
     Raises:
@@ -133,6 +136,7 @@ class PTQModule(Evaluation):
         cache: CachePolicy = "auto",
         held_out: float = 0.0,
         allow_drift: bool = False,
+        report: bool = True,
         seed: int | None = None,
     ) -> None:
         check_settings(
@@ -182,7 +186,7 @@ class PTQModule(Evaluation):
         self.contrastive = contrastive = contrastive and coordinates.learns
         self.model_name, self.rounding_weight = type(model).__name__, rounding_weight
         self.held_out, self.leaf_modules, self._built = held_out, tuple(leaf_modules), built
-        self.allow_drift = allow_drift
+        self.allow_drift, self.draws_report = allow_drift, report
         # What learns nothing needs no steps; one keeps Lightning's loop, and so validation and checkpoints, alive.
         self.steps_per_unit = steps_per_unit if self.method.learns else 1
         self.batch_size, self.cache_policy = batch_size, cache
@@ -271,6 +275,7 @@ class PTQModule(Evaluation):
         if stage != "fit":
             return
         check_trainer(self.trainer)
+        without_profiler(self.trainer)
         check_device(self.trainer.strategy.root_device)
         shape = self.trainer.datamodule.image_shape  # type: ignore[attr-defined]
         if shape is not None and self.surroundings is None:
@@ -346,7 +351,9 @@ class PTQModule(Evaluation):
         steps = batch_idx + 1
         if interval and (steps % interval == 0 or steps == self.trainer.num_training_batches):
             self.log_dict(terms, prog_bar=True, logger=False)
-            self._log(name, {term: float(value.detach()) for term, value in terms.items()})
+            values = {term: float(value.detach()) for term, value in terms.items()}
+            note(self.session.curves, name, steps, values)
+            self._log(name, values)
         return sum(terms.values(), 0.0 * self.anchor)
 
     def on_validation_start(self) -> None:
@@ -575,7 +582,9 @@ class PTQModule(Evaluation):
         if unit == len(self.epoch_names) - 1 and self.quant.placement == "hardware":
             round_biases(self.student, self.chains.layers)
         if report is not None:
-            self._log(report.name, {k: v for k, v in report.to_dict().items() if isinstance(v, float)})
+            numbers = {k: v for k, v in report.to_dict().items() if isinstance(v, float)}
+            images = self.steps_of(unit) * self.batch_size * self.trainer.world_size
+            self._log(report.name, numbers | {"images_per_second": images / report.seconds})
 
     def _log(self, name: str, numbers: dict[str, float]) -> None:
         """To the loggers at once: `self.log` would wait for a step that `log_every_n_steps` divides."""

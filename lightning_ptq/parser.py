@@ -54,6 +54,7 @@ COMMANDS = {
         "compare two files of one network: classes, accuracy, size and time",
         "compare --config RUN/config.yaml float model.onnx",
     ),
+    "report": ("draw the report of a run, or of several side by side", "report RUN"),
 }
 OPTIONS = "[--config FILE] [--OPTION VALUE ...]"
 USAGE = {name: f"{PROGRAM} {name} {OPTIONS}{' FIRST SECOND' * (name == 'compare')}" for name in COMMANDS}
@@ -162,7 +163,7 @@ class CommandParser(LightningArgumentParser):
     def help_of(self, word: str | None) -> str:
         """The short help, the options with `word` in their names, or with "all" everything."""
         command = self.prog.split()[-1]
-        if word == "all":
+        if word == "all" or (word is None and command == "report"):  # that is a short one
             return str(self.format_help())
         if word is None:
             return _command_help(command, self) if command in COMMANDS else _program_help()

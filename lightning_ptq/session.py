@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from lightning_ptq.methods import Weighting
 from lightning_ptq.metrics import classes, has_scores
 from lightning_ptq.network import NetworkCache, NetworkStart, finish_network, put_back, worse_than_nearest
 from lightning_ptq.quantizers import weight_quantizers
+from lightning_ptq.record import Curves, seen_by
 from lightning_ptq.sensitivity import sensitivities
 
 CachePolicy = Literal["auto", "device", "host"]
@@ -95,6 +97,9 @@ class Session:
         self.cache: UnitCache | NetworkCache | None = None
         self.importance: list[Tensor] | None = None  # of every unit's channels; None: they count alike
         self.bits: dict[str, dict[str, int]] | None = None  # mixed precision, by name; None: as configured
+        # For the report: loss terms at the logging interval, and what each activation quantizer was shown.
+        self.curves: Curves = {}
+        self.seen: dict[str, dict[str, Any]] = {}
         self._network_start: NetworkStart | None = None
         # Kept for the network's epoch and the judgement at the end: a loader may not give them twice.
         self._images: Tensor | None = None
@@ -117,6 +122,8 @@ class Session:
             "unit_seconds": running,
             "calibration_agreement": self.calibration_agreement,
             "bits": self.bits,
+            "curves": deepcopy(self.curves),
+            "seen": self.seen,
             "network_start": None if self._network_start is None else self._network_start.to_dict(),
         }
 
@@ -125,6 +132,8 @@ class Session:
         self.image_digest = state["images"]
         self.reports = [UnitReport(**report) for report in state["reports"]]
         self.calibration_agreement = state["calibration_agreement"]
+        # An older checkpoint has neither.
+        self.curves, self.seen = deepcopy(state.get("curves", {})), state.get("seen", {})
         if state["bits"] is not None:
             self.use_bits(state["bits"])
         self.wall_seconds, self._carried_seconds = dict(state["wall_seconds"]), state["unit_seconds"]
@@ -260,7 +269,8 @@ class Session:
             start = time.monotonic()
             equalize(self.student, images[:share], data.config, world.device, world.gather)
             self._choose_bits(images[:share], data, world)
-            estimate_ranges(self.student, images[:share], data.config, world.device, world.gather)
+            shown = estimate_ranges(self.student, images[:share], data.config, world.device, world.gather)
+            self.seen = seen_by(self.student, shown)
             self.wall_seconds["ranges"] += time.monotonic() - start
         if data.weighting == "fisher":
             self.importance = channel_importance(self.teacher, images[:share], world.device, world.gather)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import resource
+import shlex
 import sys
 import time
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_ptq.checks import check_run_folder, run_folder
 from lightning_ptq.files import write_whole
@@ -19,8 +24,12 @@ from lightning_ptq.fingerprint import environment
 from lightning_ptq.front import finite
 from lightning_ptq.metrics import MEASURES
 from lightning_ptq.network import NETWORK
+from lightning_ptq.record import confusion, plain, record
+from lightning_ptq.report import write_report
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from lightning_ptq.module import PTQModule
 
 # What of the Trainer, beside its precision and processes, decides how calibration proceeds.
@@ -33,13 +42,15 @@ class RunSummary(Callback):
     def __init__(self) -> None:
         # Of the last validation, and the epoch that it followed; a resumed fit may have none of its own.
         self.metrics: dict[str, float] = {}
+        self.confusions: dict[str, Any] = {}
         self.epoch = -1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"metrics": self.metrics, "epoch": self.epoch}
+        return {"metrics": self.metrics, "confusions": self.confusions, "epoch": self.epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.metrics, self.epoch = state_dict["metrics"], state_dict["epoch"]
+        self.confusions = state_dict.get("confusions", {})  # an older checkpoint has none
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep what was measured."""
@@ -48,6 +59,7 @@ class RunSummary(Callback):
             self.metrics = {
                 key: float(trainer.callback_metrics[key]) for key in MEASURES if key in trainer.callback_metrics
             }
+            self.confusions = confusions(trainer, pl_module)  # type: ignore[arg-type]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Start the clock."""
@@ -58,8 +70,14 @@ class RunSummary(Callback):
         check_run_folder(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leave the student as it would be used, also after an interrupt."""
+        """Leave the student as it would be used, also after an interrupt, and what is known where a run was told to
+        end: by SIGTERM, at which all processes are at the same step, or by Ctrl+C."""
         pl_module.leave_units()  # type: ignore[operator]
+        told = isinstance(exception, SIGTERMException)
+        told |= isinstance(exception, KeyboardInterrupt) and trainer.world_size == 1
+        if told and trainer.state.fn == TrainerFn.FITTING and pl_module.session.image_digest is not None:  # type: ignore[union-attr]
+            self._leave(trainer, pl_module)  # type: ignore[arg-type]
+            trainer.strategy.barrier()  # the launcher ends the others with the first process
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate a network that was killed in its validation: resumed, Lightning takes the last epoch for done."""
@@ -74,6 +92,10 @@ class RunSummary(Callback):
         """Write and print; rank 0 only."""
         module: PTQModule = pl_module  # type: ignore[assignment]
         module.judge_last_unit()
+        self._leave(trainer, module)
+
+    def _leave(self, trainer: L.Trainer, module: PTQModule) -> None:
+        """Summary, record, table and report. A collective call."""
         folder = run_folder(trainer)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -83,7 +105,8 @@ class RunSummary(Callback):
             return
         module.session.wall_seconds["total"] += time.monotonic() - self._start
         # What was measured before the last epoch says nothing about the network as it is now.
-        summary = summarize(module, trainer, self.metrics if self.epoch == trainer.current_epoch - 1 else {})
+        measured = self.epoch == trainer.current_epoch - 1
+        summary = summarize(module, trainer, self.metrics if measured else {})
         summary["skipped_images"] = dict(zip(("calibration", "validation"), skipped, strict=True))
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "summary.json", summary)
@@ -91,6 +114,52 @@ class RunSummary(Callback):
         if bar is not None:
             bar.disable()  # a live bar would be drawn over the result
         print(f"{table(summary)}\nsummary: {folder / 'summary.json'}", flush=True)  # noqa: T201 (the result)
+        report(trainer, module, folder, self.confusions if measured else {})
+
+
+def report(trainer: L.Trainer, module: PTQModule, folder: Path, confusions: dict[str, Any]) -> None:
+    """Write `record.json` and draw the report of the run in `folder`. What goes wrong is a warning: the run is safe."""
+    session = module.session
+    again = f"lightning-ptq report {shlex.quote(str(folder))}"
+    try:
+        found = record(module.chains, module.epoch_names, session.seen, session.curves, confusions)
+        write_json(folder / "record.json", plain(found), indent=None)
+        if module.draws_report:
+            page = write_report([folder], show=lambda *drawn: show_figure(trainer, *drawn))
+            print(f"report: {page}", flush=True)  # noqa: T201 (the result)
+    except Exception as error:
+        message = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        warnings.warn(f"the report could not be drawn: {message}. The run is whole; try again: {again}", stacklevel=2)
+
+
+def show_figure(trainer: L.Trainer, name: str, figure: Figure, file: Path) -> None:
+    """Give a figure to the loggers that take some; one that fails goes without."""
+    for logger in trainer.loggers:
+        own = getattr(logger, "experiment", None)
+        takers: tuple[tuple[Any, str, tuple[Any, ...]], ...] = (
+            (own, "add_figure", (f"report/{name}", figure, trainer.global_step)),  # TensorBoard
+            (logger, "log_image", (f"report/{name}", [str(file)])),  # Weights & Biases
+            (own, "log_artifact", (getattr(logger, "run_id", None), str(file), "report")),  # MLflow
+        )
+        for owner, method, arguments in takers:
+            take = getattr(owner, method, None)
+            if callable(take):
+                with suppress(Exception):  # whatever a logger's own library raises
+                    take(*arguments)
+                break
+
+
+def confusions(trainer: L.Trainer, module: PTQModule) -> dict[str, Any]:
+    """`confusion` of each network over the validation images of all processes. A collective call."""
+    mine = {name: torch.cat(pairs).cpu() for name, pairs in module.class_pairs.items()}
+    every, counts = [mine], [module.class_count]
+    if trainer.world_size > 1:
+        gathered: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(gathered, (mine, module.class_count))
+        every, counts = [pairs for pairs, _ in gathered], [count for _, count in gathered]
+    names = dict.fromkeys(name for pairs in every for name in pairs)
+    codes = {name: torch.cat([pairs[name] for pairs in every if name in pairs]) for name in names}
+    return {name: confusion(found, max(counts)) for name, found in codes.items()}
 
 
 def summarize(module: PTQModule, trainer: L.Trainer, metrics: dict[str, float]) -> dict[str, Any]:
@@ -195,9 +264,9 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(["", *lines])
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any], indent: int | None = 2) -> None:
     """Write plain values; a reader never sees half a file."""
-    text = json.dumps(content, indent=2, allow_nan=False)
+    text = json.dumps(content, indent=indent, allow_nan=False)
     write_whole(path, lambda to: to.write_text(f"{text}\n"))
 
 

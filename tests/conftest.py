@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+
+from lightning_ptq import PTQModule
 
 torch.set_num_threads(1)  # the tests' tensors are small: more threads only wait for one another
 
@@ -18,6 +20,15 @@ WriteImage = Callable[..., Path]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that fork come first: after torch.export or fake tensors and a backward pass, autograd refuses a fork."""
     items.sort(key=lambda item: item.get_closest_marker("forks") is None)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_report() -> Iterator[None]:
+    """Fits here draw no report unless they ask for it: it would take longer than most of them."""
+    defaults = PTQModule.__init__.__kwdefaults__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(defaults, "report", False)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from lightning_ptq import ContrastiveConfig, PTQModule
     "name",
     [
         *("allocator", "census", "common", "critic", "eight_bits", "kill", "lowered", "methods", "parity", "ranges"),
-        *("results", "rounding_gain", "soak", "speed", "vit"),
+        *("results", "rounding_gain", "runtimes", "soak", "speed", "step", "vit"),
     ],
 )
 def test_each_can_be_imported(name: str) -> None:

@@ -1,4 +1,4 @@
-"""What a fit shows and leaves: bars by unit, checkpoints, the summary's table."""
+"""What a fit leaves: checkpoints, the summary's table."""
 
 from __future__ import annotations
 
@@ -6,46 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 
-from lightning_ptq.callbacks import (
-    StepCheckpoint,
-    UnitCheckpoint,
-    UnitRichBar,
-    UnitTQDMBar,
-)
+from lightning_ptq.callbacks import StepCheckpoint, UnitCheckpoint
 from lightning_ptq.summary import RunSummary, table, write_json
 from tests.helpers import tiny_data, tiny_module, trainer
 
 
-def test_the_tqdm_bar_names_unit_and_terms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bar = TQDMProgressBar(refresh_rate=1)
-    fit = trainer(tmp_path, enable_progress_bar=True, callbacks=[bar])
-    fit.fit(tiny_module(contrastive=True), datamodule=tiny_data())
-    shown = capsys.readouterr()
-    text = shown.out + shown.err
-    for title in ("unit 1/5 stem", "unit 2/5 blocks.0", "unit 5/5 whole-network"):
-        assert title in text
-    for term in ("reconstruction=", "rounding=", "contrastive="):
-        assert term in text
-    assert type(fit.progress_bar_callback) is UnitTQDMBar
-
-
-def test_the_rich_bar_names_units(tmp_path: Path) -> None:
-    pytest.importorskip("rich")
-    titles = []
-
-    class Spy(UnitRichBar):
-        def _get_train_description(self, current_epoch: int) -> str:
-            titles.append(super()._get_train_description(current_epoch))
-            return titles[-1]
-
-    trainer(tmp_path, enable_progress_bar=True, callbacks=[Spy()]).fit(tiny_module(), datamodule=tiny_data())
-    assert {"unit 1/5 stem", "unit 5/5 whole-network"} <= set(titles)
-
-
 def test_defaults_are_replaced_and_the_users_callbacks_stay(tmp_path: Path) -> None:
-    fit = trainer(tmp_path, enable_progress_bar=True, callbacks=[RichProgressBar()] if _rich() else None)
+    fit = trainer(tmp_path, enable_progress_bar=True, callbacks=[RichProgressBar()])
     fit.fit(tiny_module(), datamodule=tiny_data())
     kinds = {type(callback) for callback in fit.callbacks}
     assert {RunSummary, UnitCheckpoint} <= kinds
@@ -88,11 +57,3 @@ def test_a_summary_is_replaced_whole(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
-
-
-def _rich() -> bool:
-    try:
-        import rich  # noqa: F401
-    except ImportError:
-        return False
-    return True

@@ -184,7 +184,7 @@ def test_the_help_names_this_program_and_every_subcommand(capsys: pytest.Capture
     assert exit_.value.code == 0
     printed = capsys.readouterr().out
     assert printed.startswith("usage: lightning-ptq ")
-    for command in ("fit", "validate", "test", "predict", "plan"):
+    for command in ("fit", "validate", "test", "predict", "plan", "report"):
         assert re.search(rf"^    {command} ", printed, re.MULTILINE)
 
 
@@ -426,3 +426,15 @@ def test_images_with_other_channels_are_refused_in_one_sentence(tmp_path: Path, 
     with pytest.raises(PTQError, match=r"images of shape \(1, 8, 8\) do not fit the model: unit 'conv1'.*channels"):
         main(["fit", "--model.model=lightning_ptq.models.resnet20", f"--model.weights={weights}",
               "--data=lightning_ptq.DigitsData", f"--trainer.default_root_dir={tmp_path / 'run'}"])  # fmt: skip
+
+
+def test_report_draws_a_run_again_and_two_side_by_side(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["report", str(finished), "--output", str(tmp_path / "one.html"), "--layers", "layer1.*"])
+    assert f"report: {tmp_path / 'one.html'}" in capsys.readouterr().out
+    assert "layer1.0.conv1" in (tmp_path / "one.html").read_text()
+    main(["report", str(finished), str(finished), "--output", str(tmp_path / "one.html"), "--overwrite", "true"])
+    assert "2 runs side by side" in (tmp_path / "one.html").read_text()
+    with pytest.raises(PTQError, match=r"holds no run: there is no summary.json in it"):
+        main(["report", str(tmp_path)])

@@ -67,6 +67,11 @@ def test_all_ranks_leave_every_unit_with_the_same_parameters(tmp_path: Path, cha
     module = fit_on_two(tmp_path, **changes)
     checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert len(checkpoint["lightning_ptq"]["session"]["reports"]) == len(module.epoch_names)
+    summary, record = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("summary", "record"))
+    confused = record["confusion"]["student"]
+    same = sum(n for teacher, student, n in confused["pairs"] if teacher == student)
+    assert confused["images"] == 2 * 30, "each process validates all images here"
+    assert 100 * same / 60 == pytest.approx(summary["teacher_agreement"], abs=1e-4)
 
 
 def test_bits_are_chosen_alike_where_processes_have_uneven_shares(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_ptq import PTQError, cli
 from lightning_ptq.cli import main
-from lightning_ptq.failures import explained, report
+from lightning_ptq.failures import exit_code, explained
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 def test_what_was_foreseen_is_one_line_and_code_2(
     error: Exception, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert report(error) == 2
+    assert exit_code(error) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("lightning-ptq: error: ")
     assert said in line
@@ -48,7 +48,7 @@ def test_what_was_not_is_one_line_and_a_file_with_the_traceback(capsys: pytest.C
 
     with pytest.raises(KeyError) as caught:
         bug()
-    assert report(caught.value) == 3
+    assert exit_code(caught.value) == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert "KeyError: 'banana'" in line
     assert "test_failures.py" in line
@@ -60,7 +60,7 @@ def test_what_was_not_is_one_line_and_a_file_with_the_traceback(capsys: pytest.C
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["lightning-ptq", "fit", "--debug"])
-    assert report(PTQError("x=3")) == 2
+    assert exit_code(PTQError("x=3")) == 2
     first, *_, last = capsys.readouterr().err.splitlines()
     assert "PTQError: x=3" in first + last
     assert last == "lightning-ptq: error: x=3"
