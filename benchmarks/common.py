@@ -37,11 +37,13 @@ def trained(name: str, root: Path) -> nn.Module:
     return model.eval()
 
 
-def calibrate(module: PTQModule, data: CalibrationDataModule, folder: str, *callbacks: L.Callback) -> None:
+def calibrate(
+    module: PTQModule, data: CalibrationDataModule, folder: str, *callbacks: L.Callback, max_epochs: int = -1
+) -> None:
     """Fit on the CPU without bars and loggers; what a run leaves goes to `folder`."""
     L.Trainer(
         accelerator="cpu",
-        max_epochs=-1,
+        max_epochs=max_epochs,
         logger=False,
         default_root_dir=folder,
         enable_progress_bar=False,

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_ptq.cache import UnitCache, chunks
+from lightning_ptq.cache import UnitCache
 from lightning_ptq.graph import Chain, LayerPlan
 from lightning_ptq.layers import quantized_layers
 from lightning_ptq.quantizers import ActQuantizer
+from lightning_ptq.store import chunks, widened
 from lightning_ptq.weights import WeightQuantizer
 
 
@@ -63,7 +64,7 @@ def channel_means(unit: nn.Module, layer: str, dim: int, x: Tensor, device: torc
     hook = unit.get_submodule(layer).register_forward_hook(note)
     try:
         for part in chunks(x):
-            unit(part.to(device))
+            unit(widened(part.to(device)))
     finally:
         hook.remove()
     return (torch.stack(sums).sum(0) / count).float()

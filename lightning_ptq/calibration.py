@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_ptq.cache import UnitCache, chunks
+from lightning_ptq.cache import UnitCache
 from lightning_ptq.config import QuantConfig
 from lightning_ptq.errors import PTQError
 from lightning_ptq.graph.units import Chain
@@ -18,6 +18,7 @@ from lightning_ptq.losses.reconstruction import squared_errors
 from lightning_ptq.metrics import Information, decibels, signal_and_noise
 from lightning_ptq.quantizers import ActQuantizer, act_quantizers, float_mode, initial_ranges, scales_are_finite
 from lightning_ptq.ranges import Histogram, weight_qparams
+from lightning_ptq.store import chunks
 from lightning_ptq.weights import WeightQuantizer
 
 # Images that ranges are estimated from, as in QDrop's code.
@@ -39,7 +40,8 @@ class UnitReport:
 
     `mse` is the reconstruction loss, before calibration and of the unit as it is left: where calibration was not
     accepted, both are the same. For the whole network (`network.py`), it is that of the final output, before and after
-    the last epoch. The next five are of its output against the teacher's (`metrics.py`).
+    the last epoch. The next five are of its output against the teacher's (`metrics.py`). `settled_after` is the share
+    of its steps behind which the rest was cut short, if it was (`settling.py`).
     """
 
     name: str
@@ -53,6 +55,7 @@ class UnitReport:
     flipped_fraction: float
     accepted: bool
     seconds: float = 0.0  # of steps and judgement, which the session measures
+    settled_after: float | None = None
 
     def to_dict(self) -> dict[str, object]:
         """Plain values only."""
@@ -149,6 +152,13 @@ def _run_unit(unit: nn.Module, x: Tensor, name: str) -> Tensor:
         ) from error
 
 
+def judged_errors(cache: UnitCache, importance: Tensor | None) -> Tensor:
+    """Reconstruction errors (N,) of the cache's unit, as quantized now, for the images that judge it."""
+    target = cache.teacher_out[cache.judged]
+    dim = cache.student.channel_dim(cache.unit, target.shape)
+    return Comparison(cache.device, dim, importance).over(cache.student_out(cache.judged), target).errors
+
+
 def finish_unit(
     cache: UnitCache, importance: Tensor | None, mean: Callable[[Tensor], Tensor]
 ) -> tuple[UnitReport, Tensor]:
@@ -165,21 +175,18 @@ def finish_unit(
     rows = cache.judged
     target = cache.teacher_out[rows]
     dim = cache.student.channel_dim(cache.unit, target.shape)
-
-    def errors(output: Tensor) -> Tensor:
-        return squared_errors(channels_first(output, dim), channels_first(target, dim), importance)
-
     with initial_ranges(unit):
-        before = errors(cache.student_out(rows))
+        before = judged_errors(cache, importance)
     out = cache.student_out()
-    after = errors(out[rows])
-    accepted = no_worse(after, before, mean) and scales_are_finite(unit)
+    found = Comparison(cache.device, dim, importance).over(out[rows], target)
+    errors = [float(mean(x.mean())) for x in (before, found.errors)]
+    accepted = no_worse(found.errors, before, mean) and scales_are_finite(unit)
     if not accepted:
         restore_initial(unit)
-        out, after = cache.student_out(), before
-    both = channels_first(out[rows], dim), channels_first(target, dim)
-    means = float(mean(before.mean())), float(mean(after.mean()))
-    return report(name, unit, *both, means, accepted, mean), out
+        del out  # before there is another
+        out = cache.student_out()
+        found, errors[1] = Comparison(cache.device, dim, importance).over(out[rows], target), errors[0]
+    return report(name, unit, found, (errors[0], errors[1]), accepted, mean), out
 
 
 def no_worse(
@@ -196,19 +203,48 @@ def no_worse(
     return bool(((new <= old * old.new_tensor([1.0, usual_growth])) & new.isfinite()).all())
 
 
+class Comparison:
+    """A unit's output against the teacher's, as reports have it; a few images at a time, since both are large.
+
+    Args:
+        device: where to compute.
+        dim: which dimension is that of channels. importance: their weights in `errors`.
+    """
+
+    def __init__(self, device: torch.device, dim: int = 1, importance: Tensor | None = None) -> None:
+        self.device, self.dim, self.importance = device, dim, importance
+        self.information, self._errors = Information(), list[Tensor]()
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def over(self, out: Tensor, target: Tensor) -> Comparison:
+        """This comparison, of all images (N, ...)."""
+        for some in zip(chunks(out), chunks(target), strict=True):
+            self.update(*some)
+        return self
+
+    def update(self, out: Tensor, target: Tensor) -> None:
+        """Add the outputs for the same images, both (B, ...)."""
+        out, target = (channels_first(x.to(self.device), self.dim).float() for x in (out, target))
+        self._errors.append(squared_errors(out, target, self.importance))
+        self.sums += signal_and_noise(out, target)
+        self.information.update(out, target)
+
+    @property
+    def errors(self) -> Tensor:
+        """`squared_errors` of all images so far (N,)."""
+        return torch.cat(self._errors)
+
+
 def report(
     name: str,
     unit: nn.Module,
-    out: Tensor,
-    target: Tensor,
+    found: Comparison,
     errors: tuple[float, float],
     accepted: bool,
     mean: Callable[[Tensor], Tensor],
 ) -> UnitReport:
-    """The report on `unit`, whose output is `out` where the teacher's is `target`; `errors` are before and after."""
-    signal, noise = mean(signal_and_noise(out, target)).tolist()
-    information = Information()
-    information.update(out, target)
+    """The report on `unit`, of which so much was `found`; `errors` are before and after."""
+    signal, noise = mean(found.sums).tolist()
     weights = sum(layer.weight.numel() for _, layer in quantized_layers(unit))
     flipped = sum(layer.weight_quantizer.flipped(layer.weight) for _, layer in quantized_layers(unit))
     return UnitReport(
@@ -216,7 +252,7 @@ def report(
         mse_before=errors[0],
         mse_after=errors[1],
         sqnr_db=decibels(signal, noise),
-        **information.compute(),
+        **found.information.compute(),
         flipped_fraction=flipped / max(weights, 1),
         accepted=accepted,
     )

@@ -39,6 +39,8 @@ def check_settings(**values: float | None) -> None:
             raise PTQError(
                 f"held_out={value} is no share below 1. Use 0.1 for a tenth, or 0, the default, to hold nothing out."
             )
+        elif name == "settle" and not 0 <= value < 1:
+            raise PTQError(f"settle={value} is no share below 1. Use 0.01 for a hundredth, or 0 to take all steps.")
         elif not 0 <= value < float("inf"):
             raise PTQError(f"{name}={value} must be a finite number that is not negative.")
 

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from lightning_ptq.building import build_network
-from lightning_ptq.cache import chunks
 from lightning_ptq.calibration import RANGE_IMAGES
 from lightning_ptq.checkpoint import read_checkpoint
 from lightning_ptq.compare import compare, open_artifact
@@ -21,10 +20,12 @@ from lightning_ptq.eight_bits import eight_bits, images_to_try
 from lightning_ptq.errors import PTQError
 from lightning_ptq.export import compare_lowered, export_onnx, export_pt2, save_packed
 from lightning_ptq.front import front_data, front_text, pareto_front, plot_front
+from lightning_ptq.memory import Room
 from lightning_ptq.module import PTQModule
 from lightning_ptq.parser import PROGRAM, CommandParser
 from lightning_ptq.plan import plan_text
 from lightning_ptq.report import write_report
+from lightning_ptq.store import chunks
 from lightning_ptq.summary import write_json
 
 
@@ -85,7 +86,13 @@ class Trainer(L.Trainer):
             raise PTQError("plan needs the images' shape. Give the data section of the config.")
         shape, samples = model.input_shape(datamodule.image_shape), datamodule.calibration_samples
         part = None if model.surroundings is None else model.surroundings.part
-        print(plan_text(model.chains, model.quant, shape, samples, network=model.network_steps > 0, part=part))
+        network, folder = model.network_steps > 0, Path(model.cache_folder or self.default_root_dir)
+        print(plan_text(model.chains, model.quant, shape, samples, network, part, model.cache_dtype))
+        room = Room(self.strategy.root_device, model.memory_budget, folder, self.world_size)
+        try:
+            print(f"\n{model.caches(shape, -(-samples // self.world_size), room)}")
+        except PTQError as error:
+            print(f"\nno fit: {error}")
         if self.untrained is None:
             print(f"\n{_eight_bits_text(model, datamodule, shape, self.strategy.root_device)}")
         else:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lightning_ptq.graph.fold import Statistics, statistics_of
+from lightning_ptq.store import chunks, widened
 
 # Images that are corrected together; each is corrected by itself.
 _BATCH = 32
@@ -16,7 +18,13 @@ _BATCH = 32
 _REACH, _STAY = 0.5, 50.0
 
 
-def correct_distribution(unit: nn.Module, x: Tensor, device: torch.device, steps: int) -> Tensor:
+def correct_distribution(
+    unit: nn.Module,
+    x: Tensor,
+    device: torch.device,
+    steps: int,
+    like: Callable[[Tensor], Tensor] = torch.empty_like,
+) -> Tensor:
     """The float unit's input `x` (N, ...), moved so that each image's activations come closer to what training gave.
 
     Batch norm holds mean and deviation of what it saw in training; what a few calibration images do in a unit differs
@@ -27,6 +35,7 @@ def correct_distribution(unit: nn.Module, x: Tensor, device: torch.device, steps
     Args:
         unit: of the teacher, with batch norm folded.
         steps: of the optimisation, for each batch of images.
+        like: makes the tensor for the result.
 
     Returns:
         A tensor like `x`, which is `x` itself if no batch norm was folded into a layer of the unit.
@@ -35,9 +44,10 @@ def correct_distribution(unit: nn.Module, x: Tensor, device: torch.device, steps
     known = [(m, (s[0].to(device), s[1].to(device))) for m, s in layers if s is not None]
     if not known:
         return x
-    result = torch.empty_like(x)
-    for start in range(0, len(x), _BATCH):
-        result[start : start + _BATCH] = _corrected(unit, x[start : start + _BATCH].to(device), known, steps)
+    result, start = like(x), 0
+    for some in chunks(x, _BATCH):
+        result[start : start + len(some)] = _corrected(unit, widened(some.to(device)), known, steps)
+        start += len(some)
     return result
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_ptq.cache import run_chunked
 from lightning_ptq.calibration import alone, estimate_ranges
 from lightning_ptq.config import QuantConfig
 from lightning_ptq.equalize import equalize
@@ -18,6 +17,7 @@ from lightning_ptq.graph import ChainPair
 from lightning_ptq.metrics import classes, decibels, has_scores, signal_and_noise
 from lightning_ptq.quantizers import ActQuantizer, act_quantizers, forget_ranges, weight_quantizers
 from lightning_ptq.sensitivity import Sensitivity, sensitivities
+from lightning_ptq.store import run_chunked
 from lightning_ptq.weights import WeightQuantizer
 
 # Least agreement with the teacher, and least signal to noise ratio where there are no classes, that raise no question.

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from lightning_ptq.cache import chunks
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.losses.base import channels_first
+from lightning_ptq.store import chunks
 
-# Images of one backward pass, the only one through the whole network: a small batch, since every activation is kept.
-_BATCH = 32
+# Images of one backward pass, the only one through the whole network, and numbers of them: a small batch, since every
+# activation is kept.
+_BATCH, _BATCH_SIZE = 32, 2**23
 # Smallest weight of a channel relative to the mean, so that no channel's error becomes free.
 _FLOOR = 0.1
 
@@ -49,7 +50,7 @@ def channel_fisher(
     """
     generator = torch.Generator().manual_seed(0)
     means: list[Tensor] = []
-    for x in chunks(images, _BATCH):
+    for x in chunks(images, _BATCH, _BATCH_SIZE):
         outputs: list[Tensor] = []
         with torch.enable_grad():
             z = x.to(device)

@@ -37,8 +37,13 @@ class UnitLoader:
         unit = trainer.current_epoch
         first = trainer.fit_loop.batch_idx + 1
         module.enter_unit(unit, first)
-        cache = module.session.opened
+        cache, settling, batch = module.session.opened, module.session.settling, None
         for step in range(first, len(self)):
+            progress = settling.progress(step, int(trainer.num_training_batches))
+            if batch is not None and progress >= 1.0:  # nothing will be done with it
+                yield batch
+                continue
             rows = sample_index(cache.drawn, module.batch_size, step, module.seed, unit, module.global_rank)
             # Where the input is no longer mixed with the teacher's, a corrected target would be that of another input.
-            yield cache.minibatch(rows, step < module.method.drop_until * len(self))
+            batch = cache.minibatch(rows, progress < module.method.drop_until)
+            yield batch

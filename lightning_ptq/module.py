@@ -8,12 +8,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_ptq.allocator import keep_freed_memory
@@ -23,8 +24,8 @@ from lightning_ptq.cache import Minibatch, UnitCache
 from lightning_ptq.calibration import UnitReport
 from lightning_ptq.callbacks import model_callbacks
 from lightning_ptq.checkpoint import arguments_of, checked_checkpoint, read_checkpoint
-from lightning_ptq.checks import check_device, check_network_steps, check_settings, check_trainer
-from lightning_ptq.config import Granularity, QuantConfig
+from lightning_ptq.checks import check_device, check_network_steps, check_settings, check_trainer, run_folder
+from lightning_ptq.config import Granularity, QuantConfig, check_option
 from lightning_ptq.drop import DropMask
 from lightning_ptq.errors import PTQError
 from lightning_ptq.evaluation import Evaluation
@@ -36,6 +37,7 @@ from lightning_ptq.graph.taps import recorded
 from lightning_ptq.loader import UnitLoader
 from lightning_ptq.losses import ContrastiveConfig, Tail, Term, UnitBatch
 from lightning_ptq.losses.objectives import network_objective, unit_objective
+from lightning_ptq.memory import CachePolicy, CacheSizes, Room, bytes_of, unit_shapes
 from lightning_ptq.methods import (
     MethodName,
     Rounding,
@@ -50,12 +52,12 @@ from lightning_ptq.methods import (
 from lightning_ptq.network import NETWORK
 from lightning_ptq.optimizer import optimizer_of
 from lightning_ptq.overhead import QuickName, without_profiler
-from lightning_ptq.plan import unit_shapes
 from lightning_ptq.quantizers import forget_ranges
 from lightning_ptq.record import note
 from lightning_ptq.seeds import mixed_seed
 from lightning_ptq.selection import select
-from lightning_ptq.session import CachePolicy, Images, Session, World
+from lightning_ptq.session import Images, Session, World
+from lightning_ptq.store import CacheType
 from lightning_ptq.surroundings import Surroundings, likely_part, without_classes
 
 # State that is the user's model, not the calibration's: in no checkpoint.
@@ -90,8 +92,15 @@ class PTQModule(QuickName, Evaluation):
         part: qualified name of the submodule to quantize, all else stays in float; it takes one tensor and returns
             tensors. None takes all of the model, or the `backbone` of a detector; "" takes all in any case.
         terms: further loss terms of units by name; they do not join the last epoch.
-        cache: where activations are kept: on the "device", on the "host", or "auto": on the device if they fit.
+        cache: where activations are kept: on the "device", on the "host", on "disk", or "auto": the first of these that
+            has room (see `memory.py`).
+        memory_budget: what they may take in memory on each process, in bytes or with a unit ("8GB"); None: half of
+            what is free.
+        cache_dtype: "bfloat16" rounds what is kept, which halves it; all computation stays as it is.
+        cache_folder: for those on disk; None takes the run folder.
         held_out: share of the calibration images that no step draws; they judge each unit and measure its information.
+        settle: a unit's steps are cut short once the error of the images that judge it falls by less than this share
+            within a tenth of them (see `settling.py`); 0 takes all steps.
         allow_drift: go on with a checkpoint of other weights, settings, images or of another major version; a warning
             names what differs.
         report: draw `report.html` when a fit ends. Without, `lightning-ptq report RUN` draws it at any time.
@@ -134,7 +143,11 @@ class PTQModule(QuickName, Evaluation):
         part: str | None = None,
         terms: dict[str, Term] | None = None,
         cache: CachePolicy = "auto",
+        memory_budget: int | str | None = None,
+        cache_dtype: CacheType = "float32",
+        cache_folder: str | None = None,
         held_out: float = 0.0,
+        settle: float = 0.0,
         allow_drift: bool = False,
         report: bool = True,
         seed: int | None = None,
@@ -150,6 +163,7 @@ class PTQModule(QuickName, Evaluation):
             network_features=network_features,
             rounding_weight=rounding_weight,
             held_out=held_out,
+            settle=settle,
         )
         coordinates = get_method(
             method,
@@ -189,7 +203,10 @@ class PTQModule(QuickName, Evaluation):
         self.allow_drift, self.draws_report = allow_drift, report
         # What learns nothing needs no steps; one keeps Lightning's loop, and so validation and checkpoints, alive.
         self.steps_per_unit = steps_per_unit if self.method.learns else 1
-        self.batch_size, self.cache_policy = batch_size, cache
+        check_option(cache, get_args(CachePolicy), "cache")
+        check_option(cache_dtype, get_args(CacheType), "cache_dtype")
+        self.batch_size, self.cache_policy, self.cache_dtype = batch_size, cache, cache_dtype
+        self.memory_budget, self.cache_folder = bytes_of(memory_budget), cache_folder
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         default_rounding_lr, default_scale_lr = default_rates(self.steps_per_unit)
         self.rounding_lr = default_rounding_lr if rounding_lr is None else rounding_lr
@@ -212,7 +229,8 @@ class PTQModule(QuickName, Evaluation):
         # Lightning and DDP insist on a gradient; a unit that has nothing to learn gives them this one.
         self.anchor = nn.Parameter(torch.zeros(()))
 
-        self.session = Session(self.teacher, self.student)
+        self.settle = settle
+        self.session = Session(self.teacher, self.student, settle)
         self.model_digest = model_digest(self.teacher)
         if surroundings is not None:  # what the part reads depends on them
             self.model_digest += model_digest(surroundings)
@@ -308,7 +326,7 @@ class PTQModule(QuickName, Evaluation):
         Not earlier: a fit that is refused must leave the module as it was.
         """
         if not self.trainer.ckpt_path:
-            self.session = Session(self.teacher, self.student)
+            self.session = Session(self.teacher, self.student, self.settle)
             forget_ranges(self.student)
 
     def on_train_start(self) -> None:
@@ -342,7 +360,9 @@ class PTQModule(QuickName, Evaluation):
     def training_step(self, batch: Minibatch, batch_idx: int) -> Tensor:
         """One step of the current unit, or of the whole network: the sum of the objective's terms."""
         unit, name = self.trainer.current_epoch, self.epoch_names[self.trainer.current_epoch]
-        progress = batch_idx / self.trainer.num_training_batches
+        progress = self.session.progress(batch_idx, int(self.trainer.num_training_batches))
+        if progress >= 1.0:
+            return self._nothing()
         if unit == len(self.student):
             terms = self._network_terms(batch, batch_idx, progress)
         else:
@@ -452,6 +472,11 @@ class PTQModule(QuickName, Evaluation):
         )
         return terms
 
+    def _nothing(self) -> Tensor:
+        """The loss of a step that is to change nothing: DDP insists on a gradient of all that it watches."""
+        self._set_rates()
+        return sum((0.0 * parameter.sum() for parameter in self._selection.trained), 0.0 * self.anchor)
+
     def _clean_out(self, unit: int, batch: Minibatch) -> Tensor:
         """The unit's output without drop and mixed input, at the Trainer's precision."""
         x = batch.teacher_in if self.method.input == "fp" else batch.student_in
@@ -527,6 +552,10 @@ class PTQModule(QuickName, Evaluation):
             allow_drift=self.allow_drift,
             round_again=self.network_rounding_lr > 0,
             correction=self.method.distribution_steps,
+            budget=self.memory_budget,
+            dtype=self.cache_dtype,
+            folder=self.folder_of_caches(),
+            say=rank_zero_info,
             layers=self.chains.layers,
             learned=self.method.rounding != "nearest",
         )
@@ -543,6 +572,16 @@ class PTQModule(QuickName, Evaluation):
             # DDP registers what requires grad when it wraps; without a new wrap the ranks diverge silently.
             strategy.model = strategy.lightning_module
             strategy.configure_ddp()
+
+    def folder_of_caches(self) -> Path:
+        """Where caches lie that are on disk. A collective call: every process must make it."""
+        return run_folder(self.trainer) if self.cache_folder is None else Path(self.cache_folder)
+
+    def caches(self, shape: tuple[int, ...], samples: int, room: Room) -> str:
+        """How large caches become, and where they would be kept, for images of `shape` that the network reads."""
+        corrected = self.method.distribution_steps > 0
+        sizes = CacheSizes.of(self.teacher, unit_shapes(self.teacher, shape), samples, self.cache_dtype, corrected)
+        return room.text(sizes, room.choose(self.cache_policy, sizes))
 
     def checked(self, images: Tensor) -> Tensor:
         """What the quantized network reads of the calibration images, before anything long is done with them."""
@@ -662,9 +701,11 @@ class PTQModule(QuickName, Evaluation):
             "augment": asdict(self.augment),
             "batch_size": self.batch_size,
             "held_out": self.held_out,
+            "settle": self.settle,
             "rounding_lr": self.rounding_lr,
             "scale_lr": self.scale_lr,
             "rounding_weight": self.rounding_weight,
             "critic": asdict(self.critic),
+            "cache_dtype": self.cache_dtype,
             "seed": self.seed,
         }

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ptq.cache import Minibatch, UnitCache, judged_rows, run_chunked, take
-from lightning_ptq.calibration import UnitReport, no_worse, report, restore_initial
+from lightning_ptq.cache import Minibatch, UnitCache, judged_rows
+from lightning_ptq.calibration import Comparison, UnitReport, no_worse, report, restore_initial
 from lightning_ptq.graph.units import Chain
-from lightning_ptq.losses.base import channels_first
-from lightning_ptq.losses.prediction import prediction_errors, prediction_loss
-from lightning_ptq.losses.reconstruction import reconstruction_loss, squared_errors
+from lightning_ptq.losses.prediction import prediction_errors
+from lightning_ptq.losses.reconstruction import squared_errors
 from lightning_ptq.quantizers import act_quantizers, initial_ranges, weight_quantizers
+from lightning_ptq.store import Store, chunks, release, run_chunked, take
 
 # What this epoch is called where the others bear their unit's name.
 NETWORK = "whole-network"
@@ -32,6 +32,7 @@ NETWORK = "whole-network"
 HARM = 1.25
 
 Mean = Callable[[Tensor], Tensor]
+Errors = Callable[[Tensor, Tensor], Tensor]
 # Divergences of images that are recognised well are next to nothing, and may grow by half of that.
 _USUAL_GROWTH = 1.5
 
@@ -44,7 +45,7 @@ class NetworkCache:
     Args:
         student: a chain of two units at least.
         images: this process's calibration images (N, C, H, W). teacher_out, features: what the teacher makes of them.
-        device: where units run; the tensors may lie in host memory.
+        store: where all of these lie, and for which device.
         drawn: so many of the images, the first ones, are drawn for steps; the others judge.
         rounding: the epoch trains the weights' rounding too.
     """
@@ -55,11 +56,12 @@ class NetworkCache:
         images: Tensor,
         teacher_out: Tensor,
         features: Tensor,
-        device: torch.device,
+        store: Store,
         drawn: int,
         rounding: bool = False,
     ) -> None:
-        self.student, self.device, self.drawn = student, device, drawn
+        self.student, self.store, self.drawn = student, store, drawn
+        self.device = store.device
         self.learned = [q.log_scale for q in act_quantizers(student)]
         for q in weight_quantizers(student):
             self.learned += [*q.corrections, *(q.roundings if rounding else ())]
@@ -73,14 +75,14 @@ class NetworkCache:
     def minibatch(self, index: Tensor, corrected: bool = False) -> Minibatch:
         """Rows `index` (B,) of the caches; the unit's output is the input of the head."""
         index = index.to(self.images.device)
-        images, teacher_out, features = (
-            take(t, index).to(self.device, non_blocking=True) for t in (self.images, self.teacher_out, self.features)
-        )
-        return Minibatch(images, images, teacher_out, features, index.to(self.device))
+        tensors = (self.images, self.teacher_out, self.features)
+        images, teacher_out, features = (take(x, index, self.device) for x in tensors)
+        release()
+        return Minibatch(images, images, teacher_out, features, index.to(self.device, non_blocking=True))
 
     def student_out(self) -> Tensor:
         """The student's final output for all images, as quantized now; finite or not."""
-        return run_chunked(self.student, self.images, self.device)
+        return run_chunked(self.student, self.images, self.device, self.store)
 
 
 @dataclass(frozen=True)
@@ -128,15 +130,23 @@ def finish_network(cache: NetworkCache, start: NetworkStart, mean: Mean) -> tupl
         out, mse = cache.student_out(), start.mse
     rows = cache.judged
     errors = (start.mse, mse)
-    return report(NETWORK, cache.student, out[rows], cache.features[rows], errors, accepted, mean), out
+    found = Comparison(cache.device).over(out[rows], cache.features[rows])
+    return report(NETWORK, cache.student, found, errors, accepted, mean), out
 
 
 def _errors(cache: NetworkCache, out: Tensor, mean: Mean) -> tuple[float, float]:
     # All rows where none are held out: each has its say about the network.
     rows = slice(cache.drawn, None) if cache.drawn < len(cache.images) else slice(None)
-    out, target = out[rows], cache.features[rows]
-    prediction, mse = mean(torch.stack([prediction_loss(out, target), reconstruction_loss(out, target)])).tolist()
+    kinds: tuple[Errors, ...] = (prediction_errors, squared_errors)
+    parts = [_each(errors, out[rows], cache.features[rows], cache.device).mean() for errors in kinds]
+    prediction, mse = mean(torch.stack(parts)).tolist()
     return prediction, mse
+
+
+def _each(errors: Errors, out: Tensor, target: Tensor, device: torch.device) -> Tensor:
+    """The errors of all images (N,), a few at a time on `device`."""
+    pairs = zip(chunks(out), chunks(target), strict=True)
+    return torch.cat([errors(a.to(device), b.to(device)) for a, b in pairs])
 
 
 def worse_than_nearest(cache: UnitCache | NetworkCache, images: Tensor, out: Tensor, mean: Mean) -> bool:
@@ -146,10 +156,12 @@ def worse_than_nearest(cache: UnitCache | NetworkCache, images: Tensor, out: Ten
     give need not be scores of classes.
     """
     rows, last = cache.judged, isinstance(cache, NetworkCache)
-    errors, target = (prediction_errors, cache.features) if last else (squared_errors, cache.teacher_out)
+    errors: Errors = prediction_errors if last else squared_errors
+    target = (cache.features if last else cache.teacher_out)[rows]
     with initial_ranges(cache.student):
-        nearest = run_chunked(cache.student, images[rows].to(out.device), cache.device)
-    return not no_worse(errors(out[rows], target[rows]), errors(nearest, target[rows]), mean, _USUAL_GROWTH)
+        nearest = run_chunked(cache.student, images[rows], cache.device, cache.store)
+    after, before = (_each(errors, x, target, cache.device) for x in (out[rows], nearest))
+    return not no_worse(after, before, mean, _USUAL_GROWTH)
 
 
 def put_back(
@@ -163,20 +175,21 @@ def put_back(
 ) -> list[UnitReport]:
     """Put the whole of `student` back to where it started; what the `reports` have to say then, on these images."""
     restore_initial(student)
-    x = y = images
-    units = zip(student.names, student.units, teacher.units, importance, strict=True)
+    found = [Comparison(device, importance=weights) for weights in (*importance, None)]
+    with torch.no_grad():
+        for some in chunks(images):
+            x = y = some.to(device)
+            for k, (unit, teacher_unit, comparison) in enumerate(
+                zip(student.units, teacher.units, found, strict=False)
+            ):
+                x, y = unit(x), teacher_unit(y)
+                comparison.dim = student.channel_dim(k, y.shape)
+                comparison.update(x, y)
+            found[-1].update(x, y)
+    units: list[tuple[str, nn.Module]] = [*zip(student.names, student.units, strict=True), (NETWORK, student)]
     now: list[UnitReport] = []
-    for k, (name, unit, teacher_unit, weights) in enumerate(units):
-        x, y = run_chunked(unit, x, device), run_chunked(teacher_unit, y, device)
-        dim = student.channel_dim(k, y.shape)
-        now.append(_unchanged(name, unit, channels_first(x, dim), channels_first(y, dim), weights, mean))
-    if len(reports) > len(student):
-        now.append(_unchanged(NETWORK, student, x, y, None, mean))
-    return [replace(new, seconds=old.seconds) for new, old in zip(now, reports, strict=True)]
-
-
-def _unchanged(
-    name: str, unit: nn.Module, out: Tensor, target: Tensor, importance: Tensor | None, mean: Mean
-) -> UnitReport:
-    error = float(mean(squared_errors(out, target, importance).mean()))
-    return report(name, unit, out, target, (error, error), False, mean)
+    for (name, unit), comparison, old in zip(units, found, reports, strict=False):
+        error = float(mean(comparison.errors.mean()))
+        new = report(name, unit, comparison, (error, error), False, mean)
+        now.append(replace(new, seconds=old.seconds))
+    return now

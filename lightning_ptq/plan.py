@@ -2,39 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from lightning_ptq.config import QuantConfig
-from lightning_ptq.errors import PTQError
 from lightning_ptq.graph import ChainPair
 from lightning_ptq.graph.arithmetic import multiply_adds
-from lightning_ptq.graph.units import Chain
+from lightning_ptq.memory import CacheSizes, unit_shapes
 from lightning_ptq.network import NETWORK
 from lightning_ptq.quantizers import LogQuantizer, act_quantizers
-
-
-def unit_shapes(chain: Chain, image_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Shape of one image (C, H, W) and of every unit's output for it, from shapes alone.
-
-    Raises:
-        PTQError: images of this shape do not fit a unit, which is named.
-    """
-    shapes = [tuple(image_shape)]
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        x = torch.empty(1, *image_shape, device=next(chain.parameters()).device)
-        chain.check_images(x)
-        for name, unit in zip(chain.names, chain.units, strict=True):
-            try:
-                x = unit(x)
-            except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-                raise PTQError(
-                    f"images of shape {tuple(image_shape)} do not fit the model: unit {name!r} fails on its input "
-                    f"{shapes[-1]}: {error}. Give images of the size (data.resize, data.crop) and with the channels "
-                    "that the model was trained on."
-                ) from None
-            shapes.append(tuple(x.shape[1:]))
-    return shapes
+from lightning_ptq.store import CacheType
 
 
 def plan_text(
@@ -44,6 +18,7 @@ def plan_text(
     samples: int,
     network: bool = False,
     part: str | None = None,
+    dtype: CacheType = "float32",
 ) -> str:
     """One line for each unit with shapes, parameters and cache size, one for each layer, and what stays float.
 
@@ -51,8 +26,7 @@ def plan_text(
     quantized, `image_shape` is that of what it reads.
     """
     shapes = unit_shapes(chains.teacher, image_shape)
-    # Of a part, means over positions are kept in place of the output.
-    final = shapes[-1][0] if chains.student.is_part else _numel(shapes[-1])
+    sizes = CacheSizes.of(chains.teacher, shapes, samples, dtype)
     lines = [
         *([f"of the model, the part {part!r} only: all around it stays in floating point"] if part else []),
         f"{len(chains.student)} units for {samples} calibration images of shape {_shape(shapes[0])}, "
@@ -62,22 +36,16 @@ def plan_text(
     ]
     for k, name in enumerate(chains.student.names):
         layers = [layer for layer in chains.layers if layer.unit == k]
-        # As UnitCache, float32: both networks' inputs (the images are one and the same), the teacher's output of this
-        # unit, and that of the whole network.
-        inputs = 1 if k == 0 else 2
-        cache = samples * 4 * (inputs * _numel(shapes[k]) + _numel(shapes[k + 1]) + final)
         title = f"{k + 1:>3}  {name}"
         parameters = sum(layer.parameters for layer in layers)
-        lines.append(f"{title:<32} {_shape(shapes[k + 1]):>15} {parameters:>12,} {cache / 2**20:>10.1f}")
+        lines.append(f"{title:<32} {_shape(shapes[k + 1]):>15} {parameters:>12,} {sizes.units[k] / 2**20:>10.1f}")
         lines += [
             f"       {layer.name:<36} {layer.kind:<13} W{layer.weight_bits} A{layer.act_bits} {layer.parameters:>12,}"
             for layer in layers
         ]
     if network:
-        # As NetworkCache: images, and the teacher's input and output of the head.
-        cache = samples * 4 * (_numel(shapes[0]) + _numel(shapes[-2]) + _numel(shapes[-1]))
         title = f"{len(chains.student) + 1:>3}  {NETWORK}"
-        lines.append(f"{title:<32} {_shape(shapes[-1]):>15} {0:>12,} {cache / 2**20:>10.1f}")
+        lines.append(f"{title:<32} {_shape(shapes[-1]):>15} {0:>12,} {sizes.network / 2**20:>10.1f}")
     if quant.average_bits is not None:
         lines += ["", f"bits that nothing fixes are chosen when a fit starts, {quant.average_bits:g} on average"]
     quantized, total = multiply_adds(chains.student, image_shape)
@@ -102,7 +70,3 @@ def plan_text(
 
 def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())

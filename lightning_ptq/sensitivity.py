@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_ptq.cache import run_chunked
 from lightning_ptq.calibration import Gather, observe, weight_range
 from lightning_ptq.config import QuantConfig
 from lightning_ptq.graph.units import Chain
@@ -21,6 +20,7 @@ from lightning_ptq.losses.base import channels_first
 from lightning_ptq.losses.critic import projected
 from lightning_ptq.metrics import mi_lower_bound
 from lightning_ptq.quantizers import ActQuantizer, float_mode, forget_ranges
+from lightning_ptq.store import Store, chunks, run_chunked, widened
 from lightning_ptq.weights import WeightQuantizer
 
 BITS = (2, 3, 4, 8)
@@ -53,6 +53,7 @@ def sensitivities(
     device: torch.device,
     gather: Gather,
     bits: Sequence[int] = BITS,
+    store: Store | None = None,
 ) -> list[Sensitivity]:
     """Every weight and activation of `student` at every one of `bits`, in the network's order.
 
@@ -60,6 +61,7 @@ def sensitivities(
 
     Args:
         images: (N, C, H, W) of this process. gather: tensor -> that tensor of every process.
+        store: for one unit's input and output; None takes where the images lie.
 
     Raises:
         PTQError: what `observe` raises.
@@ -70,9 +72,9 @@ def sensitivities(
     x = images
     with float_mode(student):
         for k, name in enumerate(student.names):
-            unit, target = student.units[k], run_chunked(teacher.units[k], x, device)
-            dim, weights = student.channel_dim(k, target.shape), fisher[k].to(target.device)
-            wanted = channels_first(target, dim)
+            unit, target = student.units[k], run_chunked(teacher.units[k], x, device, store)
+            dim, weights = student.channel_dim(k, target.shape), fisher[k].to(device)
+            wanted = torch.cat([projected(channels_first(t.to(device), dim).float()) for t in chunks(target)])
             best = _information(wanted, wanted, gather)
             for tensor, quantizer, layer in _quantizers(unit):
                 for width in bits:
@@ -82,10 +84,9 @@ def sensitivities(
                             quantizer.set_range(layer, *weight_range(layer, quantizer, config))
                         else:
                             quantizer.start(seen[quantizer], config.act_range)
-                        out = channels_first(run_chunked(unit, x, device), dim)
-                    noise = (out - wanted).float().transpose(0, 1).flatten(1)  # (C, N * positions)
-                    error = float(_mean((noise.square().sum(1) * weights).sum() / len(x), gather))
-                    drop = best - _information(out, wanted, gather)
+                        noise, rows = _compare(unit, x, target, dim, device)
+                    error = float(_mean((noise * weights).sum() / len(x), gather))
+                    drop = best - _information(rows, wanted, gather)
                     kind: Literal["weight", "activation"] = "activation" if layer is None else "weight"
                     found.append(Sensitivity(tensor, kind, name, width, error, drop))
             x = target
@@ -115,8 +116,21 @@ def _alone(quantizer: WeightQuantizer | ActQuantizer, bits: int) -> Iterator[Non
         quantizer.enabled = False
 
 
-def _information(out: Tensor, target: Tensor, gather: Gather) -> float:
-    student, teacher = (torch.cat(list(gather(projected(x.float())))) for x in (out, target))
+@torch.no_grad()
+def _compare(unit: torch.nn.Module, x: Tensor, target: Tensor, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Squared error of each channel (C,), summed over images and positions, and `projected` outputs (N, D)."""
+    noise, rows = list[Tensor](), list[Tensor]()
+    for some in chunks(x):
+        done = sum(map(len, rows))
+        wanted = target[done : done + len(some)].to(device)
+        out, wanted = (channels_first(y, dim).float() for y in (unit(widened(some.to(device))), widened(wanted)))
+        noise.append((out - wanted).square_().transpose(0, 1).flatten(1).sum(1))
+        rows.append(projected(out))
+    return torch.stack(noise).sum(0), torch.cat(rows)
+
+
+def _information(student: Tensor, teacher: Tensor, gather: Gather) -> float:
+    student, teacher = (torch.cat(list(gather(rows))) for rows in (student, teacher))
     bound = mi_lower_bound(student, teacher)
     return bound if math.isfinite(bound) else 0.0
 

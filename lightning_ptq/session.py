@@ -6,14 +6,15 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_ptq.allocation import allocate, apply
-from lightning_ptq.cache import UnitCache, fits_on_device, run_chunked
-from lightning_ptq.calibration import RANGE_IMAGES, UnitReport, estimate_ranges, finish_unit
+from lightning_ptq.cache import UnitCache
+from lightning_ptq.calibration import RANGE_IMAGES, UnitReport, estimate_ranges, finish_unit, judged_errors
 from lightning_ptq.config import QuantConfig
 from lightning_ptq.equalize import equalize
 from lightning_ptq.errors import PTQError
@@ -21,14 +22,16 @@ from lightning_ptq.fingerprint import data_digest, refuse
 from lightning_ptq.graph import Chain, LayerPlan
 from lightning_ptq.graph.arithmetic import layer_multiply_adds
 from lightning_ptq.importance import channel_importance
+from lightning_ptq.memory import CachePolicy, CacheSizes, Room, unit_shapes
 from lightning_ptq.methods import Weighting
 from lightning_ptq.metrics import classes, has_scores
 from lightning_ptq.network import NetworkCache, NetworkStart, finish_network, put_back, worse_than_nearest
 from lightning_ptq.quantizers import weight_quantizers
 from lightning_ptq.record import Curves, seen_by
 from lightning_ptq.sensitivity import sensitivities
+from lightning_ptq.settling import Settling
+from lightning_ptq.store import CacheType, Store, run_chunked
 
-CachePolicy = Literal["auto", "device", "host"]
 # Fewer images than these judge by chance.
 _LEAST_HELD_OUT = 8
 CLOCKS = ("ranges", "calibration", "validation", "total")
@@ -60,7 +63,8 @@ class Images:
     Attributes:
         open: loads this process's calibration images (N, C, H, W). read: images -> what the network reads of them.
         batch_size: images of each step.
-        policy: where activations are kept.
+        policy: where activations are kept. budget: bytes that they may take in memory. dtype: what they are rounded to.
+        folder: for those on disk. say: is told how large they become.
         config: how ranges are estimated from the images. weighting: how channels are weighted.
         network: whether the last epoch is that of the whole network, behind those of the units.
         held_out: share of the images that judge what was learned on the others.
@@ -82,13 +86,17 @@ class Images:
     layers: tuple[LayerPlan, ...] = ()
     learned: bool = True
     allow_drift: bool = False
+    budget: int | None = None
+    dtype: CacheType = "float32"
+    folder: Path = Path()
+    say: Callable[[str], object] = str
 
 
 class Session:
     """One calibration of `student` against `teacher`, from its start or from a checkpoint's `state()`."""
 
-    def __init__(self, teacher: Chain, student: Chain) -> None:
-        self.teacher, self.student = teacher, student
+    def __init__(self, teacher: Chain, student: Chain, settle: float = 0.0) -> None:
+        self.teacher, self.student, self.settling = teacher, student, Settling(settle)
         self.reports: list[UnitReport] = []
         self.wall_seconds = dict.fromkeys(CLOCKS, 0.0)
         self.image_digest: int | None = None
@@ -104,7 +112,7 @@ class Session:
         # Kept for the network's epoch and the judgement at the end: a loader may not give them twice.
         self._images: Tensor | None = None
         self._last = 0
-        self._on_device: bool | None = None
+        self._store: Store | None = None
         self._world: World | None = None
         # Output of the unit that was finished last: judging computes it, and advancing needs it.
         self._student_out: Tensor | None = None
@@ -125,6 +133,7 @@ class Session:
             "curves": deepcopy(self.curves),
             "seen": self.seen,
             "network_start": None if self._network_start is None else self._network_start.to_dict(),
+            "settling": self.settling.to_dict(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -132,8 +141,9 @@ class Session:
         self.image_digest = state["images"]
         self.reports = [UnitReport(**report) for report in state["reports"]]
         self.calibration_agreement = state["calibration_agreement"]
-        # An older checkpoint has neither.
+        # An older checkpoint has none of these.
         self.curves, self.seen = deepcopy(state.get("curves", {})), state.get("seen", {})
+        self.settling = Settling(self.settling.tolerance, **state.get("settling", {}))
         if state["bits"] is not None:
             self.use_bits(state["bits"])
         self.wall_seconds, self._carried_seconds = dict(state["wall_seconds"]), state["unit_seconds"]
@@ -147,6 +157,7 @@ class Session:
         """
         self._unit_clock, self._carried_seconds = time.monotonic() - self._carried_seconds, 0.0
         self._world, self._last = world, len(self.student) - 1 + data.network
+        self.settling.enter(unit)
         # The way to the network leads through the head, also where a fit is resumed behind it: its cache holds the
         # teacher's side, and a checkpoint may have been written before the head was judged.
         self._enter_unit(min(unit, len(self.student) - 1), data, world)
@@ -174,12 +185,19 @@ class Session:
             out = head.student_out()
         teacher_out, features, drawn = head.teacher_in, head.features, head.drawn
         self.cache = self._student_out = head = None  # what only the units need goes first
-        images, on_device = self._checked_images(data, world)
-        images = images.to(world.device) if on_device else images
-        self.cache = NetworkCache(self.student, images, teacher_out, features, world.device, drawn, data.round_again)
+        images, store = self._checked_images(data, world)
+        self.cache = NetworkCache(self.student, images, teacher_out, features, store, drawn, data.round_again)
         if self._network_start is None:
             assert out is not None
             self._network_start = NetworkStart.of(self.cache, out, world.mean)
+
+    def progress(self, step: int, steps: int) -> float:
+        """Share of its schedules that the epoch in progress has done; looks at a unit's error where that is due."""
+        if self.settling.looks(step, steps) and isinstance(self.cache, UnitCache):
+            assert self._world is not None
+            errors = judged_errors(self.cache, self.importance_of(self.cache.unit))
+            self.settling.look(float(self._world.mean(errors.mean())), step, steps)
+        return self.settling.progress(step, steps)
 
     def finish(self, unit: int) -> UnitReport | None:
         """Judge the unit whose steps are done; its report, or None if it was judged before."""
@@ -199,7 +217,7 @@ class Session:
         if unit == self._last:
             out = self._judge_all(out)
         seconds = time.monotonic() - self._unit_clock
-        self.reports[-1] = replace(self.reports[-1], seconds=seconds)
+        self.reports[-1] = replace(self.reports[-1], seconds=seconds, settled_after=self.settling.since)
         if unit >= len(self.student) - 1:  # the output is the network's
             drawn, cache = slice(self.cache.drawn), self.cache
             if has_scores(out) and not self.student.is_part:
@@ -220,7 +238,7 @@ class Session:
         importance = [self.importance_of(unit) for unit in range(len(self.student))]
         judged = images[cache.judged]
         self.reports = put_back(self.teacher, self.student, judged, importance, self.reports, world.device, world.mean)
-        return run_chunked(self.student, images.to(out.device), world.device)
+        return run_chunked(self.student, images, world.device, cache.store)
 
     @property
     def opened(self) -> UnitCache | NetworkCache:
@@ -234,12 +252,12 @@ class Session:
 
     def close(self) -> None:
         """Drop the caches."""
-        self.cache = self._student_out = self._images = self._unit_clock = None
+        self.cache = self._student_out = self._images = self._store = self._unit_clock = None
 
-    def _checked_images(self, data: Images, world: World) -> tuple[Tensor, bool]:
-        """The images, and whether caches are kept on the device."""
-        if self._images is not None and self._on_device is not None:
-            return self._images, self._on_device
+    def _checked_images(self, data: Images, world: World) -> tuple[Tensor, Store]:
+        """The images, and where they and the caches lie."""
+        if self._images is not None and self._store is not None:
+            return self._images, self._store
         images = data.open()
         counts = world.gather(torch.tensor([len(images)])).flatten()
         least = int(counts.min())
@@ -254,15 +272,18 @@ class Session:
             )
         self.image_digest, self.image_count = digest, int(counts.sum())
         images = self.teacher.laid_out(data.read(spread(images, self._held_out)), world.device)
-        self._images = images
-        self._on_device = data.policy == "device" or (
-            data.policy == "auto" and fits_on_device(self.teacher, images, world.device, data.correction > 0)
-        )
-        return images, self._on_device
+        shapes = unit_shapes(self.teacher, tuple(images.shape[1:]))
+        sizes = CacheSizes.of(self.teacher, shapes, len(images), data.dtype, data.correction > 0)
+        room = Room(world.device, data.budget, data.folder, world.size)
+        tier = room.choose(data.policy, sizes)
+        data.say(room.text(sizes, tier))
+        self._store = Store(world.device, tier, data.folder, data.dtype)
+        self._images = self._store.put(images)
+        return self._images, self._store
 
     def _open(self, data: Images, world: World) -> UnitCache:
         """Check the images, estimate ranges if there are none yet, weigh channels, and cache the first unit."""
-        images, on_device = self._checked_images(data, world)
+        images, store = self._checked_images(data, world)
         held_out = self._held_out
         share = min(-(-RANGE_IMAGES // world.size), len(images) - held_out)
         if not all(q.enabled for q in weight_quantizers(self.student)):
@@ -274,7 +295,7 @@ class Session:
             self.wall_seconds["ranges"] += time.monotonic() - start
         if data.weighting == "fisher":
             self.importance = channel_importance(self.teacher, images[:share], world.device, world.gather)
-        return UnitCache(self.teacher, self.student, images, world.device, on_device, held_out, data.correction)
+        return UnitCache(self.teacher, self.student, images, store, held_out, data.correction)
 
     def _choose_bits(self, images: Tensor, data: Images, world: World) -> None:
         """Mixed precision, if it is asked for: decided once, before there are ranges."""
@@ -282,7 +303,8 @@ class Session:
         if average is None:
             return
         least = int(world.gather(torch.tensor([len(images)])).min())  # rows of all processes are put together
-        found = sensitivities(self.teacher, self.student, images[:least], data.config, world.device, world.gather)
+        images, gather, device = images[:least], world.gather, world.device
+        found = sensitivities(self.teacher, self.student, images, data.config, device, gather, store=self._store)
         costs = layer_multiply_adds(self.student, tuple(images.shape[1:]))
         chosen = allocate(data.layers, found, costs, average, data.config.budget, data.learned)
         self.use_bits({"weights": chosen.weights, "activations": chosen.activations})

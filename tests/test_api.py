@@ -30,7 +30,7 @@ ELSEWHERE = {
 INTERNAL = {
     *("checked", "enter_unit", "input_shape", "judge_last_unit", "leave_units", "settings", "steps_of", "unit_loader"),
     *("unread_images", "draw_seed", "check", "check_overrides", "corrects_biases", "fixes", "learns_network"),
-    *("rate_factors", "rounding_progress"),
+    *("rate_factors", "rounding_progress", "caches", "folder_of_caches"),
 }
 HOOKS = {name for kind in (L.LightningModule, L.LightningDataModule) for name in dir(kind)} - {"load_from_checkpoint"}
 

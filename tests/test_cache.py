@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from lightning_ptq import PTQError
-from lightning_ptq.cache import UnitCache, is_channels_last, run_chunked
+from lightning_ptq.cache import UnitCache
 from lightning_ptq.calibration import estimate_ranges, finish_unit
 from lightning_ptq.quantizers import act_quantizers, initial_ranges
 from lightning_ptq.seeds import mixed_seed
 from lightning_ptq.session import Images, Session, World
+from lightning_ptq.store import Store, is_channels_last, run_chunked
 from tests.helpers import tiny_images, tiny_module
 
 CPU = torch.device("cpu")
@@ -19,7 +20,7 @@ def test_every_cache_is_what_the_chain_gives(channels_last: bool) -> None:
     module, images = tiny_module(), tiny_images(70)  # more than one chunk, and a rest
     images = module.teacher.laid_out(images, CPU) if channels_last else images
     estimate_ranges(module.student, images, module.quant, CPU, lambda t: t[None])
-    cache = UnitCache(module.teacher, module.student, images, CPU, on_device=True)
+    cache = UnitCache(module.teacher, module.student, images, Store(CPU))
     with torch.no_grad():
         for unit in range(len(module.student)):
             torch.testing.assert_close(cache.teacher_in, module.teacher(images, stop=unit))
@@ -42,7 +43,7 @@ def test_held_out_images_judge_a_unit() -> None:
     estimate_ranges(module.student, images, module.quant, CPU, lambda t: t[None])
     unit = module.student.units[0]
     for held_out in (0, 4):
-        cache = UnitCache(module.teacher, module.student, images, CPU, on_device=True, held_out=held_out)
+        cache = UnitCache(module.teacher, module.student, images, Store(CPU), held_out=held_out)
         assert cache.drawn == 40 - held_out
         for q in act_quantizers(unit):
             q.log_scale.data.copy_(q.initial_log_scale + 0.5)
@@ -84,7 +85,7 @@ def test_activations_that_are_not_finite_name_their_unit() -> None:
     with pytest.raises(PTQError, match=r"unit 'blocks\.1': the float network gives NaN or infinite values"):
         estimate_ranges(module.student, tiny_images(), module.quant, CPU, lambda t: t[None])
     with pytest.raises(PTQError, match="gives NaN or infinite activations"):
-        UnitCache(module.teacher, module.student, tiny_images(), CPU, on_device=True)
+        UnitCache(module.teacher, module.student, tiny_images(), Store(CPU))
 
 
 def test_seeds_that_are_near_give_unrelated_streams() -> None:

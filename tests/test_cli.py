@@ -327,7 +327,7 @@ def test_a_wrong_setting_is_named(tmp_path: Path, option: str, message: str) -> 
         ("--model.method=magic", "'nearest', 'adaround', 'brecq', 'qdrop', 'pdquant'"),
         ("--model.quant.weight_bits=four", "int"),
         ("--model.quant.edges=16bit", "'8bit', 'same'"),
-        ("--model.cache=disk", "'auto', 'device', 'host'"),
+        ("--model.cache=ram", "'auto', 'device', 'host', 'disk'"),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_named_with_the_choices(

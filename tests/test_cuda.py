@@ -9,6 +9,7 @@ import torch
 
 from lightning_ptq.drop import DropMask
 from lightning_ptq.quantizers import ActQuantizer
+from lightning_ptq.store import Store, take
 from tests.helpers import (
     assert_equal_states,
     quantization_state,
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
 @pytest.mark.parametrize("contrastive", [False, True])
-@pytest.mark.parametrize("cache", ["device", "host"])
+@pytest.mark.parametrize("cache", ["device", "host", "disk"])
 def test_a_fit_on_the_gpu(tmp_path: Path, precision: str, contrastive: bool, cache: str) -> None:
     module = tiny_module(contrastive=contrastive, cache=cache, steps_per_unit=30)
     trainer(tmp_path, accelerator="cuda", precision=precision).fit(module, datamodule=tiny_data())
@@ -41,6 +42,32 @@ def test_ranges_equal_those_of_the_cpu(tmp_path: Path) -> None:
         states.append({k: v.cpu() for k, v in quantization_state(module).items()})
     for key in states[0]:
         torch.testing.assert_close(states[1][key], states[0][key], rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_tiers_are_bit_equal_on_the_gpu(tmp_path: Path) -> None:
+    """What lies in host memory is pinned, and so are the rows that are copied while the GPU computes."""
+    states = []
+    for cache in ("device", "host", "disk"):
+        module = tiny_module(cache=cache, steps_per_unit=30)
+        trainer(tmp_path / cache, accelerator="cuda", deterministic=True).fit(module, datamodule=tiny_data())
+        states.append(quantization_state(module))
+    for state in states[1:]:
+        assert_equal_states(state, states[0])
+
+
+def test_rows_come_from_host_memory_without_waiting() -> None:
+    device, x = torch.device("cuda"), torch.randn(64, 3, 8, 8)
+    store = Store(device, "host")
+    there = store.put(x)
+    assert there.is_pinned()
+    drawn = [torch.randperm(64)[:8] for _ in range(50)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rows = [take(there, index, device) for index in drawn]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for index, found in zip(drawn, rows, strict=True):
+        assert torch.equal(found.cpu(), x[index])
 
 
 def test_resume_on_the_gpu(tmp_path: Path) -> None:

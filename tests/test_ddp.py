@@ -61,7 +61,15 @@ def fit_on_two(folder: Path, ckpt_path: Path | None = None, **changes: Any) -> A
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"contrastive": True}, {"method": "brecq"}, {"method": "nearest"}, ROUNDED_AGAIN]
+    "changes",
+    [
+        {},
+        {"contrastive": True},
+        {"method": "brecq"},
+        {"method": "nearest"},
+        {"steps_per_unit": 10, "settle": 0.99},
+        ROUNDED_AGAIN,
+    ],
 )
 def test_all_ranks_leave_every_unit_with_the_same_parameters(tmp_path: Path, changes: dict[str, Any]) -> None:
     module = fit_on_two(tmp_path, **changes)

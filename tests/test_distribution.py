@@ -11,6 +11,7 @@ from lightning_ptq.cache import UnitCache
 from lightning_ptq.distribution import correct_distribution
 from lightning_ptq.graph import ChainPair, build_chain
 from lightning_ptq.graph.fold import statistics_of
+from lightning_ptq.store import Store
 from tests.helpers import Block, TinyNet, tiny_images, tiny_net
 
 CPU = torch.device("cpu")
@@ -84,7 +85,7 @@ def test_a_unit_that_is_passed_through_is_not_corrected(monkeypatch: pytest.Monk
     calls: list[int] = []
     monkeypatch.setattr("lightning_ptq.cache.correct_distribution", lambda unit, x, *_: calls.append(len(x)) or x)
     pair, images = chains(tiny_net()), tiny_images(40)
-    cache = UnitCache(pair.teacher, pair.student, images, CPU, True, held_out=8, correction=4)
+    cache = UnitCache(pair.teacher, pair.student, images, Store(CPU), held_out=8, correction=4)
     cache.advance(cache.student_out())
     for _ in range(2):
         cache.minibatch(torch.arange(4), True)
@@ -93,8 +94,8 @@ def test_a_unit_that_is_passed_through_is_not_corrected(monkeypatch: pytest.Monk
 
 def test_steps_are_shown_corrected_activations_and_the_next_unit_starts_from_the_true_ones() -> None:
     pair, images = chains(decided_net()), tiny_images(40)
-    cache = UnitCache(pair.teacher, pair.student, images, CPU, True, correction=4)
-    plain = UnitCache(pair.teacher, pair.student, images, CPU, True)
+    cache = UnitCache(pair.teacher, pair.student, images, Store(CPU), correction=4)
+    plain = UnitCache(pair.teacher, pair.student, images, Store(CPU))
     for k in range(2):
         rows = torch.tensor([3, 0, 17])
         shown, true = cache.minibatch(rows, True), plain.minibatch(rows, True)

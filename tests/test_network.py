@@ -16,6 +16,7 @@ from lightning_ptq.layers import quantize_layer, quantized_layers
 from lightning_ptq.network import NetworkCache, NetworkStart, finish_network
 from lightning_ptq.quantizers import act_quantizers, weight_quantizers
 from lightning_ptq.ranges import weight_qparams
+from lightning_ptq.store import Store
 from tests.helpers import (
     TinyNet,
     assert_equal_states,
@@ -155,7 +156,7 @@ def test_a_small_rise_of_the_divergence_is_no_harm(with_network: PTQModule, fact
     images, teacher = tiny_images(40), module.teacher
     with torch.no_grad():
         head_in, features = teacher(images, stop=len(teacher) - 1), teacher(images)
-    cache = NetworkCache(module.student, images, head_in, features, torch.device("cpu"), drawn=40)
+    cache = NetworkCache(module.student, images, head_in, features, Store(torch.device("cpu")), drawn=40)
     now = NetworkStart.of(cache, cache.student_out(), lambda x: x)
     before = NetworkStart(now.learned, factor * now.prediction, now.mse)
     assert finish_network(cache, before, lambda x: x)[0].accepted == accepted

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from lightning_ptq import PTQError, QuantConfig
 from lightning_ptq.cache import UnitCache
 from lightning_ptq.graph import build_chain
+from lightning_ptq.memory import unit_shapes
 from lightning_ptq.models import digits_net
 from lightning_ptq.network import NetworkCache
-from lightning_ptq.plan import plan_text, unit_shapes
+from lightning_ptq.plan import plan_text
+from lightning_ptq.store import Store
 from tests.helpers import tiny_images, tiny_net
 
 SHAPE = (3, 8, 8)
@@ -75,7 +77,7 @@ def test_the_cache_size_is_what_the_caches_take() -> None:
     chains = build_chain(tiny_net(), QuantConfig(), "block")
     images = tiny_images(32)
     planned = units_of(plan_text(chains, QuantConfig(), SHAPE, len(images) * 2**10))  # for two decimal places more
-    cache = UnitCache(chains.teacher, chains.student, images, torch.device("cpu"), on_device=False)
+    cache = UnitCache(chains.teacher, chains.student, images, Store(torch.device("cpu")))
     for k, name in enumerate(chains.student.names):
         if k > 0:
             cache.advance(cache.student_out())
@@ -89,7 +91,7 @@ def test_the_whole_network_is_listed_if_it_is_calibrated() -> None:
     assert list(units_of(text))[-1] == "whole-network"
     with torch.no_grad():
         head_in = chains.teacher(images, stop=len(chains.teacher) - 1)
-        cache = NetworkCache(chains.student, images, head_in, chains.teacher(images), torch.device("cpu"), 32)
+        cache = NetworkCache(chains.student, images, head_in, chains.teacher(images), Store(torch.device("cpu")), 32)
     held = sum(t.nbytes for t in vars(cache).values() if isinstance(t, Tensor))
     assert units_of(text)["whole-network"] == ("5", 0, pytest.approx(held / 2**10, abs=0.06))
     assert "whole-network" not in plan(tiny_net())

@@ -25,7 +25,7 @@ from lightning_ptq.parser import COMMANDS, EXIT_CODES, PROGRAM
 PAGE = "options.md"
 DATA = ("ImageFolderData", "CIFAR10Data", "DigitsData")
 # Pages that other parts of the project may add.
-LATER = {"performance.md": "Performance"}
+LATER = {"performance.md": "Performance", "memory.md": "Memory"}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:

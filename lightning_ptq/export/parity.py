@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ptq.cache import chunks
 from lightning_ptq.graph.pack import pack_of
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.metrics import classes, decibels, has_scores, signal_and_noise
+from lightning_ptq.store import chunks
 
 # What runs an exported network: images (N, C, H, W) -> its outputs.
 Run = Callable[[Tensor], Sequence[Tensor]]

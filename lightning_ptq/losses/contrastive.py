@@ -31,12 +31,12 @@ from lightning_ptq.losses.critic import (
 )
 from lightning_ptq.losses.gather import first_row, gather_rows, rank, rows_of_all
 from lightning_ptq.losses.infonce import dcl_loss, debiased_loss, infonce_loss, nce_loss
+from lightning_ptq.store import chunks, widened
 
 ContrastiveLoss = Literal["infonce", "nce", "dcl", "debiased"]
 NegativeSource = Literal["batch", "bank"]
 
 # Images per forward pass of the teacher's tail when its features are computed.
-CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ class Contrastive(Term):
         """
         if self.config.feature.startswith("tail") and self._tail_units(batch.tail) == batch.tail.length:
             return outputs
-        parts = [self._features(x.to(outputs.device), batch) for x in teacher_out.split(CHUNK)]
+        parts = [self._features(widened(x.to(outputs.device)), batch) for x in chunks(teacher_out)]
         return torch.cat(parts).float()
 
     def _tail_units(self, tail: Tail) -> int:
@@ -250,7 +250,7 @@ class Contrastive(Term):
         side = batch.teacher_side
         if self._bank is None or self._bank_is_of is None or self._bank_is_of() is not side.teacher_out:
             device = batch.student_out.device
-            outputs = torch.cat([pooled(x.to(device).float()) for x in side.features.split(CHUNK)])
+            outputs = torch.cat([pooled(x.to(device).float()) for x in chunks(side.features)])
             features = self._teacher_features(side.teacher_out, outputs, batch)
             self._bank = self._side(gather_rows(features), gather_rows(outputs), first_row(len(features)))
             self._bank_is_of = weakref.ref(side.teacher_out)

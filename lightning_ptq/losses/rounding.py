@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from lightning_ptq.functional import undecided
 from lightning_ptq.losses.base import Term, UnitBatch, channels_first
 from lightning_ptq.losses.gather import processes
 from lightning_ptq.losses.reconstruction import reconstruction_loss
+from lightning_ptq.store import chunks
 
 # All of a unit's undecided weights together weigh as much as an error that is so many times the unit's signal. For the
 # units of CIFAR's ResNet-20 that is a weight of 0.004 to 0.02, where the papers have 0.01.
@@ -57,9 +59,15 @@ class RoundingRegularizer(Term):
         """The unit's weight, (), found once."""
         out = batch.teacher_side.teacher_out
         if self._found is None or self._found_for is None or self._found_for() is not out:
-            x = channels_first(out[:_IMAGES], batch.channel_dim).to(batch.student_out.device).float()
-            middle = x.mean([dim for dim in range(x.dim()) if dim != 1], keepdim=True)
-            signal = reconstruction_loss(x, middle.expand_as(x), batch.importance)
+            rows, device = out[:_IMAGES], batch.student_out.device
+
+            def mean(of: Callable[[Tensor], Tensor]) -> Tensor:
+                """Over the rows, a few at a time."""
+                parts = (channels_first(x, batch.channel_dim).to(device).float() for x in chunks(rows, _IMAGES))
+                return torch.stack([of(x) * (len(x) / len(rows)) for x in parts]).sum(0)
+
+            middle = mean(lambda x: x.mean([dim for dim in range(x.dim()) if dim != 1], keepdim=True))
+            signal = mean(lambda x: reconstruction_loss(x, middle.expand_as(x), batch.importance))
             if processes() > 1:  # all of them push alike
                 torch.distributed.all_reduce(signal)
                 signal = signal / processes()
