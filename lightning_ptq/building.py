@@ -72,7 +72,8 @@ def load_weights(model: nn.Module, path: str) -> None:
     """Load a state dict, bare or below "state_dict" or "model", strictly and without running code from the file."""
     if not Path(path).is_file():
         raise PTQError(
-            f"weights={path!r} is no file, seen from {str(Path.cwd())!r}. Give a state dict saved with torch.save."
+            f"weights={path!r} is no file, seen from {str(Path.cwd())!r}. Give a state dict saved with torch.save, or, "
+            "with a run's config.yaml, call from the folder where that run was started."
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import sys
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback, instantiate_class
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -21,8 +22,10 @@ from lightning_ptq.checks import check_run_folder, run_folder
 from lightning_ptq.commands import Trainer, build_module, report, report_parser
 from lightning_ptq.datamodule import CalibrationDataModule
 from lightning_ptq.errors import PTQError
+from lightning_ptq.failures import exit_code, explained
 from lightning_ptq.files import write_whole
-from lightning_ptq.interruptions import LAUNCHER, lost_process
+from lightning_ptq.interruptions import LAUNCHER
+from lightning_ptq.parser import PROGRAM, USAGE, CommandParser
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -46,8 +49,6 @@ class SaveRunConfig(SaveConfigCallback):
             )
 
 
-_OPTIONS = "[--config FILE] [--OPTION VALUE ...]"
-_USAGE = {"compare": f"{_OPTIONS} FIRST SECOND"}
 # Words that Lightning takes in place of a checkpoint's path.
 _FOUND_BY_LIGHTNING = ("best", "hpc", "registry")
 
@@ -65,15 +66,6 @@ def newest_checkpoint(folder: Path, command: str | None) -> str | None:
         f"no last.ckpt below {str(folder)!r}: beginning" if found is None else f"going on from {str(found)!r}"
     )
     return None if found is None else str(found)
-
-
-class CommandParser(LightningArgumentParser):
-    """What a subcommand can't do without is given by position: `compare A B`."""
-
-    def add_method_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
-        """As Lightning calls it, which names the arguments only."""
-        added: list[str] = super().add_method_arguments(*args, **kwargs, as_positional=True)
-        return added
 
 
 class PTQCLI(LightningCLI):
@@ -130,6 +122,22 @@ class PTQCLI(LightningCLI):
             elif model.weights is None and is_torchvision(model.model):
                 self._untrained = f"no weights are given for {model.model!r}"
 
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Lightning's refusals in one sentence with a way out."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            if isinstance(error, PTQError):
+                raise
+            accelerator = self.config[self.subcommand].trainer.accelerator
+            no_gpu = accelerator in ("gpu", "cuda") and not torch.cuda.is_available()
+            way_out = (
+                "This machine has no GPU that torch can use. Take --trainer.accelerator cpu."
+                if no_gpu
+                else f"{PROGRAM} {self.subcommand} --help trainer lists what there is."
+            )
+            raise PTQError(f"trainer.accelerator={accelerator!r}: {str(error).rstrip('.! ')}. {way_out}") from error
+
     def before_compare(self) -> None:
         """Some artifacts are run by the model's own code."""
         assert isinstance(self.trainer, Trainer)
@@ -174,9 +182,10 @@ def main(args: ArgsType = None) -> None:
     if "LOCAL_RANK" not in os.environ:
         os.environ[LAUNCHER] = str(os.getpid())
     given = sys.argv[1:] if args is None else args
+    words = [word for word in given if word != "--debug"] if isinstance(given, list) else []
     try:
-        if isinstance(given, list) and given[:1] == ["report"]:
-            report(given[1:])
+        if words[:1] == ["report"]:
+            report(words[1:])
             return
         PTQCLI(
             build_module,
@@ -189,30 +198,18 @@ def main(args: ArgsType = None) -> None:
             seed_everything_default=0,
             auto_configure_optimizers=False,
             parser_class=CommandParser,
-            parser_kwargs={"prog": "lightning-ptq", "description": "Post-training quantization of vision networks."}
-            # Listed in front of an error, all options would hide it; --help explains each of them.
-            | {name: {"usage": f"lightning-ptq {name} {_USAGE.get(name, _OPTIONS)}"} for name in PTQCLI.subcommands()},
+            parser_kwargs={"prog": PROGRAM, "description": "Post-training quantization of vision networks."}
+            | {name: {"usage": USAGE[name]} for name in PTQCLI.subcommands()},
             args=args,
         )
-    except (ValueError, OSError, RuntimeError) as error:
-        told = _told(error)
+        sys.stdout.flush()  # here, where it can be said that nobody reads
+    except BaseException as error:
+        if args is None:
+            sys.exit(exit_code(error))
+        told = explained(error)
         if told is None:
             raise
-        if args is not None:
-            raise told from None
-        print(f"lightning-ptq: error: {told}", file=sys.stderr)
-        sys.exit(2)
+        raise told from None
     finally:
         if os.environ.get(LAUNCHER) == str(os.getpid()):
             del os.environ[LAUNCHER]
-
-
-def _told(error: Exception) -> PTQError | None:
-    """What can be said of an error in one sentence, if anything."""
-    # jsonargparse wraps what a datamodule refuses: `data` is optional, so a union for it.
-    for candidate in (error, error.__cause__):
-        if isinstance(candidate, PTQError):
-            return candidate
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # a logger's file, say
-        return PTQError(f"the disk is full: {error}. Make room; a fit then goes on with --ckpt_path last.")
-    return PTQError(str(error)) if lost_process(error) else None

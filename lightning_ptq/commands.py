@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from jsonargparse import ArgumentParser
 from torch import nn
 
 from lightning_ptq.building import build_network
@@ -23,17 +22,16 @@ from lightning_ptq.export import compare_lowered, export_onnx, export_pt2, save_
 from lightning_ptq.front import front_data, front_text, pareto_front, plot_front
 from lightning_ptq.memory import Room
 from lightning_ptq.module import PTQModule
+from lightning_ptq.parser import PROGRAM, CommandParser
 from lightning_ptq.plan import plan_text
 from lightning_ptq.report import write_report
 from lightning_ptq.store import chunks
 from lightning_ptq.summary import write_json
 
 
-def report_parser() -> ArgumentParser:
+def report_parser() -> CommandParser:
     """Arguments of `report`, which needs neither model nor data nor Trainer."""
-    parser = ArgumentParser(
-        prog="lightning-ptq report", description="Draw the report of a run, or several side by side."
-    )
+    parser = CommandParser(prog=f"{PROGRAM} report", description="Draw the report of a run, or several side by side.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder that a fit has left")
     parser.add_argument("--output", help="the .html file to write; by default report.html in the folder of the one run")
     parser.add_argument(

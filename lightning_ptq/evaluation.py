@@ -30,8 +30,16 @@ class Evaluation(L.LightningModule):
         self.class_count = 0
         self.rates = nn.ModuleDict({name: measure() for name, measure in MEASURES.items()})
 
-    def forward(self, x: Any) -> Any:
-        """The quantized model's output for images (N, C, H, W); of a part's model, whatever that takes and returns."""
+    def forward(self, x: Any, *further: Any) -> Any:
+        """The quantized model's output for images (N, C, H, W); of a part's model, whatever that takes and returns.
+
+        Raises:
+            PTQError: more than images, such as labels or a detector's targets, which only training needs.
+        """
+        if further:
+            raise PTQError(
+                f"the quantized network reads images alone, and got {len(further)} more. Call module(images)."
+            )
         return self.student(x) if self.surroundings is None else self.surroundings(x, self.student)
 
     def train(self, mode: bool = True) -> Evaluation:

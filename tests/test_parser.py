@@ -1,0 +1,168 @@
+"""Help that fits a screen and names what there is; the nearest right name for a wrong one."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jsonargparse import capture_parser
+
+from lightning_ptq import PTQError
+from lightning_ptq.cli import main
+from lightning_ptq.parser import COMMANDS, COMMON, CommandParser, nearest
+from tests.helpers import tiny_images, tiny_module
+
+ROOT = Path(__file__).parents[1]
+LINES = 42
+
+
+@pytest.fixture(scope="module")
+def parser() -> Any:
+    """The whole command line's."""
+    return capture_parser(main, [])
+
+
+def below(parser: Any) -> dict[str, CommandParser]:
+    return dict(parser._subcommands_action.choices)
+
+
+def names_of(parser: CommandParser) -> set[str]:
+    return {name for action in parser._actions for name in (*action.option_strings, action.dest)}
+
+
+def test_the_help_fits_a_screen_and_has_every_command(parser: Any) -> None:
+    text = parser.help_of(None)
+    assert len(text.splitlines()) <= LINES
+    assert max(map(len, text.splitlines())) <= 100
+    assert list(below(parser)) == list(COMMANDS)
+    for name, (what, _) in COMMANDS.items():
+        assert any(line.split() == [name, *what.split()] for line in text.splitlines())
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "report"])
+def test_a_command_s_help_fits_a_screen_and_names_options_that_exist(parser: Any, command: str) -> None:
+    found = below(parser)[command]
+    text = found.help_of(None)
+    assert len(text.splitlines()) <= LINES
+    assert max(map(len, text.splitlines())) <= 110
+    shown = [line.split()[0] for line in text.splitlines() if line.startswith("    --")]
+    assert len(shown) > 10
+    # A data set's own options are known when it is named.
+    assert {name for name in shown if not name.startswith("--data.")} <= names_of(found)
+
+
+def test_what_is_shown_is_an_option_of_some_command(parser: Any) -> None:
+    every = set().union(*map(names_of, below(parser).values()))
+    assert {name for name in COMMON if name not in every} == {"data.root"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_parses(parser: Any, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(COMMANDS[command][1].replace("RUN/config.yaml", "configs/quickstart.yaml"))
+    assert parser.parse_args(words).subcommand == command
+
+
+def test_a_word_finds_the_options_with_it_in_their_names(parser: Any) -> None:
+    text = below(parser)["fit"].help_of("critic")
+    named = {line.split()[0] for line in text.splitlines() if line.startswith("  --")}
+    expected = {name for name in names_of(below(parser)["fit"]) if name.startswith("--model.critic")}
+    assert named == expected
+    assert len(named) > 10
+
+
+def test_all_has_every_option_and_no_endless_list_of_classes(parser: Any) -> None:
+    text = below(parser)["fit"].help_of("all")
+    assert all(name in text for name in names_of(below(parser)["fit"]) if name.startswith("--model."))
+    assert "known subclasses" not in text
+    assert len(text.splitlines()) < 800
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["fit", "--model.step_per_unit=3"], "Did you mean --model.steps_per_unit?"),
+        (["fit", "--steps_per_unit", "3"], "Did you mean --model.steps_per_unit?"),
+        (["fit", "--weight_bits", "3"], "Did you mean --model.quant.weight_bits?"),
+        (["fit", "--zzz", "3"], "lightning-ptq fit --help all lists what there is."),
+        (["fti"], "Did you mean fit?"),
+        ([], "lightning-ptq --help says what each does."),
+        (["fit", "--help", "zzz"], "no option of fit has 'zzz' in its name"),
+        (["fit", "--data", "lightning_ptq.DigitData"], "Did you mean DigitsData?"),
+        (["fit", "--data=lightning_ptq.DigitsData", "--data.samples=8"], "Did you mean calibration_samples?"),
+        (["fit", "--model.method=magic"], "Expected one of 'nearest', 'adaround'"),
+        (["fit", "--config=nowhere.yaml"], "File does not exist"),
+        (["--completion", "dos"], "choose one of bash"),
+    ],
+)
+def test_wrong_words_are_one_line_with_the_way_out(
+    parser: Any, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if words[:1] == ["--completion"]:
+        pytest.importorskip("shtab")
+    with pytest.raises(SystemExit) as exit_:
+        parser.parse_args(words)
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lightning-ptq: error: ")
+    assert said in line
+
+
+def test_a_wrong_key_of_a_config_is_treated_alike(
+    parser: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text("model:\n  quant:\n    weight_bit: 3\n")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["fit", f"--config={tmp_path / 'config.yaml'}"])
+    assert "Did you mean --model.quant.weight_bits?" in capsys.readouterr().err
+
+
+def test_the_nearest_name_is_like_the_wrong_one_or_none() -> None:
+    names = ["--model.steps_per_unit", "--model.network_steps", "--trainer.max_steps"]
+    assert nearest("--model.stepsperunit", names) == "--model.steps_per_unit"
+    assert nearest("--max_step", names) == "--trainer.max_steps"
+    assert nearest("--model.banana", names) is None
+    assert nearest("--x", []) is None
+
+
+def test_the_version_names_what_decides_a_result(parser: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parser.parse_args(["--version"])
+    assert exit_.value.code == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    for version in (f"torch {torch.__version__}", "lightning-ptq ", "lightning ", "CUDA ", "Python "):
+        assert version in line
+
+
+def test_the_completion_script_is_one_that_bash_reads(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit) as exit_:
+        main(["--completion", "bash"])  # a parser of its own: helps are shortened in it
+    assert exit_.value.code == 0
+    (tmp_path / "complete.sh").write_text(capsys.readouterr().out)
+    asked = (
+        "source complete.sh; COMP_WORDS=(lightning-ptq fit --model.ste); COMP_CWORD=2; "
+        "$(complete -p lightning-ptq | sed 's/.*-F \\([^ ]*\\).*/\\1/'); echo ${COMPREPLY[@]}"
+    )
+    found = subprocess.run(["bash", "-c", asked], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["--model.steps_per_unit"]
+
+
+def test_labels_beside_the_images_are_refused() -> None:
+    with pytest.raises(PTQError, match=r"reads images alone, and got 1 more\. Call module\(images\)"):
+        tiny_module()(tiny_images(2), torch.zeros(2))
+
+
+def test_debug_shows_where_a_wrong_word_was_found(
+    parser: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["fit", "--debug", "--model.method=magic"]
+    monkeypatch.setattr(sys, "argv", ["lightning-ptq", *words])
+    with pytest.raises(SystemExit):
+        parser.parse_args(words)
+    assert "Traceback" in capsys.readouterr().err
