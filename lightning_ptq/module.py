@@ -76,7 +76,7 @@ class PTQModule(QuickName, Evaluation):
         critic: how that term is computed.
         steps_per_unit: optimisation steps for each unit.
         network_steps: optimisation steps of the last epoch, which calibrates the whole network (see `network.py`); 0
-            leaves it out, None takes an eighth of `steps_per_unit`, or 0 where there is nothing to learn.
+            leaves it out, None follows `steps_per_unit`, or takes 0 where there is nothing to learn.
         batch_size: calibration images for each step, on each process.
         rounding_lr: learning rate of the weights' rounding; None follows `steps_per_unit`.
         scale_lr: learning rate of the logarithm of activation scales and of corrections; None follows `steps_per_unit`.

@@ -48,11 +48,11 @@ def test_rows_become_tables(tmp_path: Path) -> None:
                 values = dict.fromkeys(RESULTS, "1.0") | {"student_top1": str(top1 + more), "commit": "abc"}
                 rows[key(settings)] = dict(zip(DEFAULTS, key(settings), strict=True)) | values
     text = document(rows, {}, tmp_path)
-    assert "| w2a2 | 250 | 32 | False | 1.00 ± 0.00 | 81.00 ± 1.41 |" in text
+    assert "| w2a2 | 250 | 158 | False | 1.00 ± 0.00 | 81.00 ± 1.41 |" in text
     # Of the same seeds: +0.5 and +1.5.
     assert "81.00 ± 1.41 | 82.00 ± 2.12 | +1.00 ± 0.50" in text
     # Of both bases: +0.5, +1.5 and +1.5, +4.5, so +1 and +3 over the seeds.
-    assert "| resnet20 | w2a2 | 1024 | 500 | 63 | brecq, qdrop | +2.00 ± 1.00 | 2 |" in text
+    assert "| resnet20 | w2a2 | 1024 | 500 | 224 | brecq, qdrop | +2.00 ± 1.00 | 2 |" in text
     assert "Commits: abc." in text
 
 

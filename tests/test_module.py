@@ -38,7 +38,7 @@ def test_every_unit_is_calibrated_once_and_in_order(fitted) -> None:
     module, fit, _ = fitted
     assert tuple(report.name for report in module.reports) == (*module.student.names, "whole-network")
     assert fit.current_epoch == len(module.student) + 1 == 5
-    assert fit.global_step == 4 * 60 + 8
+    assert fit.global_step == 4 * 60 + 60
 
 
 def test_calibration_lowers_the_error_of_units(fitted) -> None:
@@ -82,7 +82,7 @@ def test_summary_json_has_every_field_and_real_values(fitted) -> None:
     for unit in summary["units"]:
         assert set(unit) == {
             "name", "mse_before", "mse_after", "sqnr_db", "mi_lower_bound_nats", "mi_gaussian_nats", "alignment",
-            "uniformity", "flipped_fraction", "accepted", "seconds",
+            "uniformity", "flipped_fraction", "accepted", "seconds", "settled_after",
         }  # fmt: skip
         assert unit["seconds"] > 0
 
