@@ -18,7 +18,19 @@ from lightning_ptq import ContrastiveConfig, PTQModule
 @pytest.mark.parametrize(
     "name",
     [
-        *("allocator", "census", "common", "critic", "eight_bits", "kill", "lowered", "methods", "parity", "ranges"),
+        *(
+            "allocator",
+            "budget",
+            "census",
+            "common",
+            "critic",
+            "eight_bits",
+            "kill",
+            "lowered",
+            "methods",
+            "parity",
+            "ranges",
+        ),
         *("results", "rounding_gain", "runtimes", "scale", "soak", "speed", "step", "vit"),
     ],
 )

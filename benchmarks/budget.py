@@ -1,0 +1,109 @@
+"""What a step is worth in a unit and in the last epoch: `python -m benchmarks.budget --root FOLDER`.
+
+ResNet-20 on CIFAR-10 at W2A2, by the number of steps of each unit and of the last epoch: how often the calibrated
+network agrees with its teacher on calibration images that no run has seen (the validation images are left for the
+final number), and the processor time of the whole fit in F, one forward pass over 1024 images. One thread, and
+processor time, so that other jobs on the machine disturb little. Rows go to benchmarks/budget.csv, one for each run;
+the table has means over seeds, sorted by time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lightning_ptq as ptq
+from benchmarks.common import DEFAULT_ROOT, Yardstick, calibrate, commit, in_process, trained
+
+# unit steps/last epoch's steps[/settle]
+POINTS = (
+    *("20/20", "50/50", "100/13", "100/100", "200/100", "100/200", "250/32", "200/200", "500/63"),
+    *("500/63/0.01", "500/63/0.03"),
+)
+COLUMNS = ("point", "images", "bits", "seed", "f_seconds", "f", "agreement", "commit")
+
+
+def run(point: str, images: int, bits: str, seed: int, root: Path) -> dict[str, Any]:
+    """One calibration in this process."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    steps, network_steps, settle = (*point.split("/"), "0")[:3]
+    data = ptq.ImageFolderData(str(root), resize=None, crop=None, calibration_samples=2050, seed=seed)
+    data.setup("fit")
+    seen, unseen = data.calibration_images().split(1024)[:2]
+    yardstick = Yardstick(trained("resnet20", root), seen)
+    module = ptq.PTQModule(
+        trained("resnet20", root),
+        ptq.QuantConfig(int(bits[1]), int(bits[3])),
+        steps_per_unit=int(steps),
+        network_steps=int(network_steps),
+        settle=float(settle),
+        report=False,
+        seed=seed,
+    )
+    passes = []
+    for _ in range(5):
+        start = time.process_time()
+        yardstick.measure()
+        passes.append(time.process_time() - start)
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.process_time()
+        calibrate(module, ptq.CalibrationDataModule.from_loaders([seen[:images]], calibration_samples=images), folder)
+        spent = time.process_time() - start
+    with torch.no_grad():
+        same = (module.eval()(unseen).argmax(1) == module.teacher(unseen).argmax(1)).double().mean()
+    f = statistics.median(passes)
+    found = {"f_seconds": round(f, 3), "f": round(spent / f, 1), "agreement": round(100 * float(same), 2)}
+    return {"point": point, "images": images, "bits": bits, "seed": seed, **found, "commit": commit()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=Path(DEFAULT_ROOT), help="folder with calib/ and teachers/")
+    parser.add_argument("--points", nargs="+", default=POINTS, help="steps of each unit/of the last epoch[/settle]")
+    parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--bits", default="w2a2")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/budget.csv"))
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(run(**json.loads(args.one), root=args.root)))
+        return
+    rows = list(csv.DictReader(args.out.read_text().splitlines())) if args.out.exists() else []
+    for seed in args.seeds:
+        for point in args.points:
+            asked = {"point": point, "images": args.images, "bits": args.bits, "seed": seed}
+            if any(all(row[key] == str(value) for key, value in asked.items()) for row in rows):
+                continue
+            row = in_process("budget", "--root", str(args.root), "--one", json.dumps(asked))
+            new = not args.out.exists()
+            with args.out.open("a", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                if new:
+                    writer.writeheader()
+                writer.writerow(row)
+            rows.append({key: str(value) for key, value in row.items()})
+    wanted: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        if (row["images"], row["bits"]) == (str(args.images), args.bits):
+            wanted.setdefault(row["point"], []).append(row)
+    print(f"{'steps/last epoch':<18} {'F':>6} {'agreement':>10}")
+    middle = {point: statistics.mean(float(row["f"]) for row in found) for point, found in wanted.items()}
+    for point in sorted(middle, key=middle.__getitem__):
+        rates = [float(row["agreement"]) for row in wanted[point]]
+        spread = f" ± {statistics.stdev(rates):.2f}" if len(rates) > 1 else ""
+        print(f"{point:<18} {middle[point]:>6.1f} {statistics.mean(rates):>10.2f}{spread} ({len(rates)})")
+
+
+if __name__ == "__main__":
+    main()
