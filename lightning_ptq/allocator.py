@@ -12,15 +12,17 @@ import sys
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_KEEP_BYTES = 2**30
+# Larger blocks are unmapped: kept, they leave holes, which nearly doubled the memory of steps on large images
+# (docs/memory.md). So much free memory at the heap's end is kept in any case.
+_KEPT_BLOCK, _KEPT_END = 2**27, 2**30
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to reuse blocks of up to 1 GiB instead of unmapping them; False where there is no glibc."""
+    """Tell glibc to reuse blocks of up to 128 MiB instead of unmapping them; False where there is no glibc."""
     if not sys.platform.startswith("linux"):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    return all(mallopt(option, _KEEP_BYTES) == 1 for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD))
+    return all(mallopt(*option) == 1 for option in ((_M_TRIM_THRESHOLD, _KEPT_END), (_M_MMAP_THRESHOLD, _KEPT_BLOCK)))

@@ -15,7 +15,7 @@ from lightning_ptq.errors import PTQError
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.losses.critic import pooled
 from lightning_ptq.seeds import mixed_seed
-from lightning_ptq.store import Store, chunks, release, run_chunked, take
+from lightning_ptq.store import Store, chunks, run_chunked, take
 
 # Images that judge where none are held out.
 JUDGE_IMAGES = 256
@@ -76,7 +76,6 @@ class UnitCache:
         teacher = self._correction() if corrected and self.correction else (self.teacher_in, self.teacher_out)
         tensors = (self.student_in, *teacher, self.features)
         student_in, teacher_in, teacher_out, features = (take(x, index, self.device) for x in tensors)
-        release()
         rows = index.to(self.device, non_blocking=True)
         return Minibatch(student_in, teacher_in, teacher_out, features, rows)
 

@@ -22,7 +22,7 @@ from lightning_ptq.graph.units import Chain
 from lightning_ptq.losses.prediction import prediction_errors
 from lightning_ptq.losses.reconstruction import squared_errors
 from lightning_ptq.quantizers import act_quantizers, initial_ranges, weight_quantizers
-from lightning_ptq.store import Store, chunks, release, run_chunked, take
+from lightning_ptq.store import Store, chunks, run_chunked, take
 
 # What this epoch is called where the others bear their unit's name.
 NETWORK = "whole-network"
@@ -77,7 +77,6 @@ class NetworkCache:
         index = index.to(self.images.device)
         tensors = (self.images, self.teacher_out, self.features)
         images, teacher_out, features = (take(x, index, self.device) for x in tensors)
-        release()
         return Minibatch(images, images, teacher_out, features, index.to(self.device, non_blocking=True))
 
     def student_out(self) -> Tensor:

@@ -161,6 +161,7 @@ def take(x: Tensor, index: Tensor, device: torch.device) -> Tensor:
     else:  # a pinned buffer, which the allocator does not give away again before the copy has been made
         rows = torch.empty((len(index), *x.shape[1:]), dtype=x.dtype, pin_memory=device.type == "cuda")
         rows = torch.index_select(x, 0, index, out=rows).to(device, non_blocking=True)
+    release()
     return widened(rows.permute(0, 3, 1, 2) if last else rows)
 
 

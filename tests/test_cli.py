@@ -235,7 +235,9 @@ def test_the_cifar10_configs_run_on_a_folder_of_images(
 
 def test_plan_tries_eight_bits_with_the_real_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("plan", QUICKSTART)
-    assert "with 8 bits everywhere, rounded to nearest, 64 images: 100.0 % agreement" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "with 8 bits everywhere, rounded to nearest, 64 images: 100.0 % agreement" in printed
+    assert re.search(r"^caches: [\d.]+ MiB at most \(unit 'layer\d\.\d'\), in host memory; budget half", printed, re.M)
     state = torch.load(ROOT / "lightning_ptq" / "demo" / "digits.pt", weights_only=True)
     state["layer1.0.bn1.weight"][0] *= 1e4
     state["layer1.0.conv2.weight"][:, 0] = 0
@@ -244,8 +246,10 @@ def test_plan_tries_eight_bits_with_the_real_weights(tmp_path: Path, capsys: pyt
     assert (
         "warning: that is little for 8 bits. What costs most: what 'layer1.0.conv2' reads (" in capsys.readouterr().out
     )
-    run("plan", QUICKSTART, "--model.weights=nowhere.pt")
-    assert "not tried with 8 bits: weights='nowhere.pt' is no file" in capsys.readouterr().out
+    run("plan", QUICKSTART, "--model.weights=nowhere.pt", "--model.cache=host", "--model.memory_budget=1MB")
+    printed = capsys.readouterr().out
+    assert "not tried with 8 bits: weights='nowhere.pt' is no file" in printed
+    assert "no fit: cache='host' needs" in printed
 
 
 @pytest.mark.parametrize("config", IMAGENET, ids=lambda path: path.stem)
