@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from lightning_ptq.convert import OPS, container, convert
@@ -135,12 +137,19 @@ def narrow_weights(model: ModelProto, layers: Iterable[str]) -> None:
         zeros = numpy_helper.to_array(tensors[node.input[2]])
         for name, values in ((weight.name, numpy_helper.to_array(weight)), (f"{layer}.zero_point_4bit", zeros)):
             stored = tensors[name] if name in tensors else model.graph.initializer.add()
-            stored.CopyFrom(make_tensor(name, kind, values.shape, values.flatten().tolist()))
+            stored.CopyFrom(make_tensor(name, kind, values.shape, nibbles(values), raw=True))
         # A zero point of its own: layers of other types may share the old one.
         node.input[2] = f"{layer}.zero_point_4bit"
     read = {name for node in model.graph.node for name in node.input}
     for unread in [tensor for tensor in model.graph.initializer if tensor.name not in read]:
         model.graph.initializer.remove(unread)
+
+
+def nibbles(values: NDArray[Any]) -> bytes:
+    """4-bit integers, two in a byte, the first one in its lower half, as ONNX packs them."""
+    flat = values.flatten().astype(np.uint8) & 0xF  # negative ones wrap to two's complement
+    flat = np.append(flat, np.zeros(flat.size % 2, np.uint8))
+    return bytes(flat[::2] | flat[1::2] << 4)
 
 
 def small_grids(student: Chain) -> set[tuple[float, int]]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from torch import nn
 import lightning_ptq as ptq
 from lightning_ptq import PTQError, QuantConfig
 from lightning_ptq.cli import main
-from lightning_ptq.export.onnx import load_onnx
+from lightning_ptq.export.onnx import load_onnx, nibbles
 from lightning_ptq.export.parity import in_double
 from tests.helpers import tiny_data, tiny_images, tiny_module, trainer
 
@@ -241,3 +242,15 @@ def test_export_from_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[
         main([*args[:-1], "--output=digits.pt"])
     with pytest.raises(PTQError, match="export needs a finished fit"):
         main(["export", "--config", str(config)])
+
+
+@pytest.mark.parametrize("kind", ["INT4", "UINT4"])
+@pytest.mark.parametrize("count", [1, 2, 7, 24])
+def test_weights_of_four_bits_take_half_a_byte(kind: str, count: int) -> None:
+    low = -8 if kind == "INT4" else 0
+    values = np.random.default_rng(count).integers(low, low + 16, count).astype(np.int8 if low else np.uint8)
+    packed = nibbles(values)
+    assert len(packed) == (count + 1) // 2
+    tensor = onnx.helper.make_tensor("w", getattr(onnx.TensorProto, kind), values.shape, packed, raw=True)
+    assert onnx.numpy_helper.to_array(tensor).astype(np.int8).tolist() == values.tolist()
+    assert len(tensor.SerializeToString()) < count / 2 + 20
