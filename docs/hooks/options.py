@@ -10,7 +10,6 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from docstring_parser import parse
@@ -24,16 +23,6 @@ from lightning_ptq.parser import COMMANDS, EXIT_CODES, PROGRAM
 
 PAGE = "options.md"
 DATA = ("ImageFolderData", "CIFAR10Data", "DigitsData")
-# Pages that other parts of the project may add.
-LATER = {"performance.md": "Performance", "memory.md": "Memory"}
-
-
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Pages that are there are in the navigation."""
-    found = [{title: name} for name, title in LATER.items() if Path(config.docs_dir, name).exists()]
-    (measured,) = (entry["Measured"] for entry in config.nav if "Measured" in entry)
-    measured += found
-    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
