@@ -18,8 +18,8 @@ from lightning_ptq import ContrastiveConfig, PTQModule
 @pytest.mark.parametrize(
     "name",
     [
-        *("allocator", "census", "common", "critic", "eight_bits", "kill", "lowered", "methods", "parity", "ranges"),
-        *("results", "rounding_gain", "soak", "speed", "vit"),
+        *("allocator", "census", "common", "critic", "eight_bits", "kill", "lowered", "memory", "methods"),
+        *("parity", "ranges", "results", "rounding_gain", "soak", "speed", "vit"),
     ],
 )
 def test_each_can_be_imported(name: str) -> None:
