@@ -15,25 +15,7 @@ from benchmarks.results import document
 from lightning_ptq import ContrastiveConfig, PTQModule
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *(
-            "allocator",
-            "budget",
-            "census",
-            "common",
-            "critic",
-            "eight_bits",
-            "kill",
-            "lowered",
-            "methods",
-            "parity",
-            "ranges",
-        ),
-        *("results", "rounding_gain", "runtimes", "scale", "soak", "speed", "step", "vit"),
-    ],
-)
+@pytest.mark.parametrize("name", sorted(path.stem for path in Path(common.__file__).parent.glob("*.py")))
 def test_each_can_be_imported(name: str) -> None:
     assert importlib.import_module(f"benchmarks.{name}").__doc__
 
