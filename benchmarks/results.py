@@ -214,9 +214,9 @@ def document(runs: Runs, timed: Runs, folder: Path) -> str:
         f"adds rows. Commits: {', '.join(commits)}.",
     ]
     sections: list[tuple[str, list[str]]] = [
-        ("Bits, default settings", grid_table(runs, "bits", ["bits", "method", "network_steps"])),
+        ("Bits: 224 steps of the last epoch are the default", grid_table(runs, "bits", ["bits", "method", "network_steps"])),
         ("Bits, as the paper has it: no corrections, no last epoch", grid_table(runs, "paper", ["bits", "method"])),
-        ("Methods, default settings", grid_table(runs, "methods", ["bits", "method"])),
+        ("Methods, a last epoch of 63 steps", grid_table(runs, "methods", ["bits", "method"])),
         (
             "Best preset: a last epoch of 1500 steps on changed images",
             grid_table(runs, "best", ["bits", "contrastive"]),
