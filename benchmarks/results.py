@@ -208,13 +208,16 @@ def document(runs: Runs, timed: Runs, folder: Path) -> str:
         "",
         "CIFAR-10 JPEGs, 4000 validation images, batch 32, rates by the step budget. Top-1 and agreement with the",
         "teacher in percent, mean ± standard deviation over n seeds; a seed draws other calibration images, batches",
-        "and masks. Times are those of `benchmarks/time.csv`, of runs that had the machine for themselves.",
+        "and masks." + " Times are those of `benchmarks/time.csv`, with nothing beside the runs." * bool(timed),
         "",
         "Made by `python -m benchmarks.results` from `benchmarks/methods.csv`, to which `python -m benchmarks.methods`",
         f"adds rows. Commits: {', '.join(commits)}.",
     ]
     sections: list[tuple[str, list[str]]] = [
-        ("Bits: 224 steps of the last epoch are the default", grid_table(runs, "bits", ["bits", "method", "network_steps"])),
+        (
+            "Bits, by steps of the last epoch (default: 224)",
+            grid_table(runs, "bits", ["bits", "method", "network_steps"]),
+        ),
         ("Bits, as the paper has it: no corrections, no last epoch", grid_table(runs, "paper", ["bits", "method"])),
         ("Methods, a last epoch of 63 steps", grid_table(runs, "methods", ["bits", "method"])),
         (
