@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from lightning_ptq.errors import PTQError
 from lightning_ptq.graph.units import Chain
@@ -24,6 +24,8 @@ CachePolicy = Literal["auto", "device", "host", "disk"]
 _PREFIXES = " KMGT"
 # Control groups, which containers are: limit and use, version 2 and 1.
 _GROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+# What a module kept in floating point may do that shapes alone do not answer.
+_LOOKS_AT_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 def bytes_of(budget: int | str | None) -> int | None:
@@ -46,25 +48,37 @@ def bytes_of(budget: int | str | None) -> int | None:
 
 
 def unit_shapes(chain: Chain, image_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Shape of one image (C, H, W) and of every unit's output for it, from shapes alone.
+    """Shape of one image (C, H, W) and of every unit's output for it.
+
+    From shapes alone, unless a module that was kept whole looks at values: then from one black image.
 
     Raises:
         PTQError: images of this shape do not fit a unit, which is named.
     """
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return _shapes(chain, image_shape)
+    except _LOOKS_AT_VALUES:
+        return _shapes(chain, image_shape)
+
+
+@torch.no_grad()
+def _shapes(chain: Chain, image_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     shapes = [tuple(image_shape)]
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        x = torch.empty(1, *image_shape, device=next(chain.parameters()).device)
-        chain.check_images(x)
-        for name, unit in zip(chain.names, chain.units, strict=True):
-            try:
-                x = unit(x)
-            except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-                raise PTQError(
-                    f"images of shape {tuple(image_shape)} do not fit the model: unit {name!r} fails on its input "
-                    f"{shapes[-1]}: {error}. Give images of the size (data.resize, data.crop) and with the channels "
-                    "that the model was trained on."
-                ) from None
-            shapes.append(tuple(x.shape[1:]))
+    x = torch.zeros(1, *image_shape, device=next(chain.parameters()).device)
+    chain.check_images(x)
+    for name, unit in zip(chain.names, chain.units, strict=True):
+        try:
+            x = unit(x)
+        except _LOOKS_AT_VALUES:
+            raise
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            raise PTQError(
+                f"images of shape {tuple(image_shape)} do not fit the model: unit {name!r} fails on its input "
+                f"{shapes[-1]}: {error}. Give images of the size (data.resize, data.crop) and with the channels "
+                "that the model was trained on."
+            ) from None
+        shapes.append(tuple(x.shape[1:]))
     return shapes
 
 
@@ -166,11 +180,15 @@ def free_memory() -> int:
     told = re.search(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
     free = int(told[1]) * 1024 if told else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for names in _GROUPS:
+        paths = [Path("/sys/fs/cgroup", name) for name in names]
         try:
-            limit, used = (int((Path("/sys/fs/cgroup") / name).read_text()) for name in names)
+            limit, used = (int(path.read_text()) for path in paths)
+            counts = paths[0].with_name("memory.stat").read_text()
         except (OSError, ValueError):  # no such group, or "max"
             continue
-        free = min(free, max(limit - used, 0))
+        # Files that were read count as used until somebody needs the memory.
+        cached = re.search(r"^(?:total_)?inactive_file (\d+)$", counts, re.MULTILINE)
+        free = min(free, max(limit - used + (int(cached[1]) if cached else 0), 0))
     return free
 
 

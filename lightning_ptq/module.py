@@ -57,11 +57,14 @@ from lightning_ptq.record import note
 from lightning_ptq.seeds import mixed_seed
 from lightning_ptq.selection import select
 from lightning_ptq.session import Images, Session, World
+from lightning_ptq.settling import share_taken
 from lightning_ptq.store import CacheType
 from lightning_ptq.surroundings import Surroundings, likely_part, without_classes
 
 # State that is the user's model, not the calibration's: in no checkpoint.
 _FROZEN = ("teacher.", "surroundings.")
+# Settings that came later, with the value that an older checkpoint was made with.
+_ADDED = {"settle": 0.0, "cache_dtype": "float32"}
 
 
 class PTQModule(QuickName, Evaluation):
@@ -426,7 +429,7 @@ class PTQModule(QuickName, Evaluation):
             )
         fits = self._trainer is not None and self.trainer.state.fn == "fit"
         if fits:
-            check_same(saved["settings"], self.settings(), "calibration setting", drift)
+            check_same(_ADDED | saved["settings"], self.settings(), "calibration setting", drift)
         else:  # weights of loss terms: they say nothing to who only uses the network, with whatever terms
             live = {key: value for key, value in self.state_dict().items() if key.endswith(".ratio_sums")}
             checkpoint["state_dict"].update(live)
@@ -622,7 +625,8 @@ class PTQModule(QuickName, Evaluation):
             round_biases(self.student, self.chains.layers)
         if report is not None:
             numbers = {k: v for k, v in report.to_dict().items() if isinstance(v, float)}
-            images = self.steps_of(unit) * self.batch_size * self.trainer.world_size
+            steps = min(self.steps_of(unit), self.trainer.num_training_batches) * share_taken(report.settled_after)
+            images = steps * self.batch_size * self.trainer.world_size
             self._log(report.name, numbers | {"images_per_second": images / report.seconds})
 
     def _log(self, name: str, numbers: dict[str, float]) -> None:

@@ -326,9 +326,11 @@ def _suggestion(message: str, parser: argparse.ArgumentParser) -> str:
     path = re.search(r"class_path '([\w.]+)'", message)
     if path and (wrong := re.search(r"Option '([^']+)' is not accepted|no attribute '([^']+)'", message)):
         owner, _, name = path[1].rpartition(".")
-        names: Iterable[str] = dir(import_module(owner))
-        if wrong[1]:
-            names = inspect.signature(getattr(import_module(owner), name)).parameters
+        try:
+            module = import_module(owner)
+        except ImportError:  # a module of another name; what it might be called is not searched for
+            return ""
+        names: Iterable[str] = inspect.signature(getattr(module, name)).parameters if wrong[1] else dir(module)
         found = nearest(wrong[1] or wrong[2], [name for name in names if not name.startswith("_")])
         return f" Did you mean {found}?" if found else ""
     return ""

@@ -157,13 +157,15 @@ class Session:
         """
         self._unit_clock, self._carried_seconds = time.monotonic() - self._carried_seconds, 0.0
         self._world, self._last = world, len(self.student) - 1 + data.network
-        self.settling.enter(unit)
         # The way to the network leads through the head, also where a fit is resumed behind it: its cache holds the
         # teacher's side, and a checkpoint may have been written before the head was judged.
         self._enter_unit(min(unit, len(self.student) - 1), data, world)
         if unit == len(self.student):
             self.finish(unit - 1)
             self._enter_network(data, world)
+        self.settling.enter(
+            unit
+        )  # not before: what was judged on the way was settled, or not, by what a checkpoint says
 
     def _enter_unit(self, unit: int, data: Images, world: World) -> None:
         if self.cache is None:

@@ -10,6 +10,11 @@ _FIRST, _EVERY = 0.2, 0.1
 _ENDING = 0.2
 
 
+def share_taken(since: float | None) -> float:
+    """Share of a unit's steps that did something, where it had settled behind the share `since` of them."""
+    return 1.0 if since is None else min(1.0, since + _ENDING)
+
+
 @dataclass
 class Settling:
     """How far a unit's schedules have come, which is as far as its steps until its error has settled.

@@ -93,8 +93,8 @@ def _in_file(numel: int, dtype: torch.dtype, folder: Path | None) -> Tensor:
             mapped = mmap.mmap(file.fileno(), size)
     except OSError as error:
         raise PTQError(
-            f"{str(folder)!r} has no room for {readable(size)} of cached activations: {error.strerror or error}. "
-            "Make room, or choose another `cache_folder`."
+            f"{str(folder or tempfile.gettempdir())!r} can't hold {readable(size)} of cached activations: "
+            f"{error.strerror or error}. Make room, or choose another `cache_folder`."
         ) from error
     _mapped.add(mapped)
     return torch.frombuffer(mapped, dtype=dtype)

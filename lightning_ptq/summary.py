@@ -135,18 +135,17 @@ def report(trainer: L.Trainer, module: PTQModule, folder: Path, confusions: dict
 def show_figure(trainer: L.Trainer, name: str, figure: Figure, file: Path) -> None:
     """Give a figure to the loggers that take some; one that fails goes without."""
     for logger in trainer.loggers:
-        own = getattr(logger, "experiment", None)
-        takers: tuple[tuple[Any, str, tuple[Any, ...]], ...] = (
-            (own, "add_figure", (f"report/{name}", figure, trainer.global_step)),  # TensorBoard
-            (logger, "log_image", (f"report/{name}", [str(file)])),  # Weights & Biases
-            (own, "log_artifact", (getattr(logger, "run_id", None), str(file), "report")),  # MLflow
-        )
-        for owner, method, arguments in takers:
-            take = getattr(owner, method, None)
-            if callable(take):
-                with suppress(Exception):  # whatever a logger's own library raises
+        with suppress(Exception):  # whatever a logger's own library raises
+            own = getattr(logger, "experiment", None)
+            takers: tuple[tuple[Any, str, tuple[Any, ...]], ...] = (
+                (own, "add_figure", (f"report/{name}", figure, trainer.global_step)),  # TensorBoard
+                (logger, "log_image", (f"report/{name}", [str(file)])),  # Weights & Biases
+                (own, "log_artifact", (getattr(logger, "run_id", None), str(file), "report")),  # MLflow
+            )
+            for owner, method, arguments in takers:
+                if callable(take := getattr(owner, method, None)):
                     take(*arguments)
-                break
+                    break
 
 
 def confusions(trainer: L.Trainer, module: PTQModule) -> dict[str, Any]:

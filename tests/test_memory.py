@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_ptq import PTQError, memory
+from lightning_ptq import PTQError, QuantConfig, memory
 from lightning_ptq.cache import UnitCache
+from lightning_ptq.graph import build_chain
 from lightning_ptq.memory import CacheSizes, Room, bytes_of, free_memory, unit_shapes
 from lightning_ptq.store import Store
 from tests.helpers import assert_equal_states, quantization_state, tiny_data, tiny_images, tiny_module, trainer
@@ -153,3 +154,24 @@ def test_corrected_and_rounded_caches_are_bit_equal_on_disk(tmp_path: Path) -> N
 def test_an_unknown_choice_lists_what_there_is(name: str, value: str) -> None:
     with pytest.raises(PTQError, match=f"{name}='{value}' is unknown. Choose one of"):
         tiny_module(**{name: value})
+
+
+class _Looks(nn.Module):
+    """Computes what depends on the values that it reads: no shape is known without them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x) if float(x.sum()) > 1e9 else self.conv(x).relu()
+
+
+def test_shapes_behind_a_module_that_looks_at_values_come_from_an_image() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), _Looks(), nn.Flatten(), nn.Linear(6 * 4 * 4, 5)).eval()
+    chain = build_chain(net, QuantConfig(), "block", leaf_modules=["2"]).teacher
+    shapes = unit_shapes(chain, (3, 8, 8))
+    assert shapes[0] == (3, 8, 8)
+    assert shapes[-1] == (5,)
+    with pytest.raises(PTQError, match="do not fit the model"):
+        unit_shapes(chain, (3, 9, 9))

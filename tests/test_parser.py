@@ -94,6 +94,7 @@ def test_all_has_every_option_and_no_endless_list_of_classes(parser: Any) -> Non
         ([], "lightning-ptq --help says what each does."),
         (["fit", "--help", "zzz"], "no option of fit has 'zzz' in its name"),
         (["fit", "--data", "lightning_ptq.DigitData"], "Did you mean DigitsData?"),
+        (["fit", "--data", "lightning_ptq.datas.DigitsData"], "has no attribute 'datas'"),
         (["fit", "--data=lightning_ptq.DigitsData", "--data.samples=8"], "Did you mean calibration_samples?"),
         (["fit", "--model.method=magic"], "Expected one of 'nearest', 'adaround'"),
         (["fit", "--config=nowhere.yaml"], "File does not exist"),

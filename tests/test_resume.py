@@ -50,7 +50,10 @@ def test_resume_is_bit_equal_from_every_step(tmp_path: Path, case: dict[str, Any
     options = {"steps_per_unit": 4} | case.get("module", {})
     whole = tiny_module(**options)
     trainer(tmp_path / "whole", callbacks=[every_step], **settings).fit(whole, datamodule=tiny_data())
-    expected, reports = quantization_state(whole), [(r.name, r.mse_after, r.accepted) for r in whole.reports]
+    expected, reports = (
+        quantization_state(whole),
+        [(r.name, r.mse_after, r.accepted, r.settled_after) for r in whole.reports],
+    )
     checkpoints = sorted((tmp_path / "all").glob("*.ckpt"))
     assert len(checkpoints) >= 8
     for checkpoint in checkpoints:
@@ -58,7 +61,7 @@ def test_resume_is_bit_equal_from_every_step(tmp_path: Path, case: dict[str, Any
         resumed = trainer(tmp_path / f"resumed-{checkpoint.stem}", enable_checkpointing=False, **settings)
         resumed.fit(module, datamodule=tiny_data(), ckpt_path=checkpoint)
         assert_equal_states(quantization_state(module), expected)
-        assert [(r.name, r.mse_after, r.accepted) for r in module.reports] == reports
+        assert [(r.name, r.mse_after, r.accepted, r.settled_after) for r in module.reports] == reports
 
 
 def test_resume_is_bit_equal_from_the_checkpoints_that_a_fit_leaves(tmp_path: Path) -> None:
@@ -124,10 +127,10 @@ def test_resume_after_max_steps_goes_on_in_the_middle_of_the_unit(tmp_path: Path
 @pytest.mark.parametrize("steps", [6, 12, 24, 25, 26])
 def test_resume_with_max_steps_at_the_end_of_a_unit(tmp_path: Path, steps: int) -> None:
     """A job that runs slice by slice: units of 6 steps, a last epoch of 3."""
-    whole = tiny_module()
+    whole = tiny_module(network_steps=3)
     trainer(tmp_path / "whole").fit(whole, datamodule=tiny_data())
-    trainer(tmp_path / "stopped", max_steps=steps).fit(tiny_module(), datamodule=tiny_data())
-    module = tiny_module()
+    trainer(tmp_path / "stopped", max_steps=steps).fit(tiny_module(network_steps=3), datamodule=tiny_data())
+    module = tiny_module(network_steps=3)
     last = tmp_path / "stopped" / "checkpoints" / "last.ckpt"
     trainer(tmp_path / "resumed", max_steps=27).fit(module, datamodule=tiny_data(), ckpt_path=last)
     assert_equal_states(quantization_state(module), quantization_state(whole))
@@ -201,3 +204,18 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.0", "loops": {}}, tmp_path / "other.ckpt")
     with pytest.raises(PTQError, match="not written by lightning_ptq"):
         trainer(tmp_path / "run").validate(tiny_module(), datamodule=tiny_data(), ckpt_path=tmp_path / "other.ckpt")
+
+
+def test_a_checkpoint_from_before_there_were_some_settings_goes_on(tmp_path: Path) -> None:
+    trainer(tmp_path / "stopped", max_steps=9).fit(tiny_module(), datamodule=tiny_data())
+    last = tmp_path / "stopped" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    for name in ("settle", "cache_dtype"):
+        del checkpoint["lightning_ptq"]["settings"][name]
+    del checkpoint["lightning_ptq"]["session"]["settling"]
+    torch.save(checkpoint, last)
+    module = tiny_module()
+    trainer(tmp_path / "resumed").fit(module, datamodule=tiny_data(), ckpt_path=last)
+    assert len(module.reports) == len(module.epoch_names)
+    with pytest.raises(PTQError, match=r"settle=0\.0 in the checkpoint, 0\.5 here"):
+        trainer(tmp_path / "other").fit(tiny_module(settle=0.5), datamodule=tiny_data(), ckpt_path=last)

@@ -100,7 +100,7 @@ def test_a_disk_without_room_is_one_sentence(tmp_path: Path) -> None:
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
     try:
-        with pytest.raises(PTQError, match=r"has no room for 39\.1 KiB of cached activations.*`cache_folder`"):
+        with pytest.raises(PTQError, match=r"can.t hold 39\.1 KiB of cached activations.*`cache_folder`"):
             store.empty((10, 1000), torch.float32)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

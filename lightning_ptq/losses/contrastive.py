@@ -36,8 +36,6 @@ from lightning_ptq.store import chunks, widened
 ContrastiveLoss = Literal["infonce", "nce", "dcl", "debiased"]
 NegativeSource = Literal["batch", "bank"]
 
-# Images per forward pass of the teacher's tail when its features are computed.
-
 
 @dataclass(frozen=True)
 class ContrastiveConfig:

@@ -29,7 +29,7 @@ def write_report(
     Args:
         runs: folders that fits have left.
         output: the HTML file to write; None rewrites `report.html` in the folder of the run, if it is one. PNGs go into
-            a folder beside it that has its name without suffix.
+            a folder beside it: `report`, or `NAME_files` for NAME.html. It is the report's own: other PNGs go.
         layers: patterns of names of layers whose histograms are drawn in the report of one run, beside the worst.
         overwrite: replace an `output` that is there.
         show: is given each figure's name, the figure and its file.
@@ -57,8 +57,10 @@ def write_report(
     from lightning_ptq.report.content import comparison_of, page_of
 
     page, figures = page_of(found[0], layers) if len(found) == 1 else comparison_of(found)
-    folder = path.with_suffix("")
+    folder = path.with_name("report" if output is None else f"{path.stem}_files")
     folder.mkdir(parents=True, exist_ok=True)
+    for stale in {*folder.glob("*.png")} - {folder / f"{picture.name}.png" for picture in page.pictures}:
+        stale.unlink()
     for picture in page.pictures:
         file, content = folder / f"{picture.name}.png", picture.png
         write_whole(file, lambda to, content=content: to.write_bytes(content))  # type: ignore[misc]

@@ -137,11 +137,17 @@ def test_it_is_drawn_again_from_the_folder_alone(copy: Path, run: Path) -> None:
 def test_several_runs_stand_side_by_side(copy: Path, run: Path, tmp_path: Path) -> None:
     settings = json.loads((copy / "summary.json").read_text())["settings"]
     change(copy, "summary", student_top1=12.34, settings=settings | {"steps_per_unit": 77})
-    output = tmp_path / "both.html"
+    output, others = tmp_path / "both.html", tmp_path / "both" / "mine.png"
+    others.parent.mkdir()
+    others.touch()
+    (tmp_path / "both_files").mkdir()
+    (tmp_path / "both_files" / "gone.png").touch()
     assert write_report([run, copy], output) == output
     text = Parsed(output.read_text()).text
     assert {"12.34 %", "2 runs side by side", "steps_per_unit", "77", copy.name, run.name} <= set(text)
     assert "batch_size" not in text, "only what differs"
+    assert others.exists(), "another folder's pictures stay"
+    assert not (tmp_path / "both_files" / "gone.png").exists(), "a drawing that there is no more goes"
     with pytest.raises(PTQError, match=r"both.html' exists. Choose another name, or give --overwrite true"):
         write_report([run], output)
     write_report([run], output, overwrite=True)
@@ -173,7 +179,7 @@ def test_what_can_not_be_drawn_is_one_sentence(run: Path, copy: Path, tmp_path: 
 def test_an_older_run_without_a_record_gets_what_there_is(copy: Path) -> None:
     (copy / "record.json").unlink()
     write_report([copy], copy / "old.html")
-    assert {path.stem for path in (copy / "old").iterdir()} == {"result", "units"}
+    assert {path.stem for path in (copy / "old_files").iterdir()} == {"result", "units"}
 
 
 def test_a_report_that_fails_is_a_warning_and_the_run_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
