@@ -177,9 +177,11 @@ def test_contrastive_joins_and_is_balanced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "steps"),
     [
-        ({}, 5),
-        ({"steps_per_unit": 3}, 1),
-        ({"method": "adaround", "corrections": False}, 5),
+        ({}, 40),
+        ({"steps_per_unit": 3}, 3),
+        ({"steps_per_unit": 500}, 224),
+        ({"steps_per_unit": 20000}, 2500),
+        ({"method": "adaround", "corrections": False}, 40),
         ({"method": "adaround", "corrections": False, "network_rounding_lr": 0.0}, 0),
         ({"network_steps": 7}, 7),
         ({"network_steps": 0}, 0),
