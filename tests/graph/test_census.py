@@ -11,10 +11,8 @@ WAYS = {
     "swin_t": "export",
     "timm:deit_tiny_patch16_224": "fx",
     "timm:efficientvit_b0": "export",
-    "timm:xcit_nano_12_p16_224": "export",
     "timm:levit_128s": "fx",
     "timm:mobilevitv2_050": "export",
-    "timm:nf_resnet26": "fx",
     "timm:mobilenetv4_conv_small": "fx",
     "timm:edgenext_xx_small": "fx",
 }
