@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,20 +20,26 @@ def build_network(model: nn.Module | str, weights: str | None) -> nn.Module:
         model: a torchvision model's name ("resnet18"), the import path of a function that returns a model
             ("my_package.net.build"), or the model.
         weights: a file with the model's state dict, or the name of torchvision weights ("DEFAULT"). None leaves the
-            model as it was built.
+            model as it was built. A torchvision model has as many classes as the file.
 
     Raises:
         PTQError: an unknown model, or weights that do not fit it.
     """
     network = model if isinstance(model, nn.Module) else build_model(model, weights)
     if weights is not None and (Path(weights).exists() or not is_torchvision(model)):
-        load_weights(network, weights)
+        state = read_state(weights)
+        if isinstance(model, str) and is_torchvision(model) and (classes := other_classes(network, state)):
+            network = build_model(model, num_classes=classes)
+        load_state(network, state, weights)
     # Networks are built in training mode; from here on nobody could have meant that.
     return network.eval()
 
 
-def build_model(name: str, weights: str | None = None) -> nn.Module:
-    """The torchvision model `name`, with torchvision's `weights` if they are no file, or what `name` imports to."""
+def build_model(name: str, weights: str | None = None, **options: int) -> nn.Module:
+    """The torchvision model `name`, with torchvision's `weights` if they are no file, or what `name` imports to.
+
+    `options` are those of torchvision's model.
+    """
     if is_torchvision(name):
         import torchvision
 
@@ -41,7 +48,7 @@ def build_model(name: str, weights: str | None = None) -> nn.Module:
             # Detectors and segmentation networks would download their backbone's weights.
             takes = signature(torchvision.models.get_model_builder(name)).parameters
             own = {"weights_backbone": None} if named is None and "weights_backbone" in takes else {}
-            return torchvision.models.get_model(name, weights=named, **own)  # type: ignore[no-any-return]
+            return torchvision.models.get_model(name, weights=named, **own, **options)  # type: ignore[no-any-return]
         except (ValueError, KeyError) as error:
             raise PTQError(
                 f"model={name!r} with weights={weights!r}: {error}. Name a model and weights of torchvision, "
@@ -70,6 +77,11 @@ def build_model(name: str, weights: str | None = None) -> nn.Module:
 
 def load_weights(model: nn.Module, path: str) -> None:
     """Load a state dict, bare or below "state_dict" or "model", strictly and without running code from the file."""
+    load_state(model, read_state(path), path)
+
+
+def read_state(path: str) -> Any:
+    """What a weights file holds: a state dict if it is one, read without running code from the file."""
     if not Path(path).is_file():
         raise PTQError(
             f"weights={path!r} is no file, seen from {str(Path.cwd())!r}. Give a state dict saved with torch.save, or, "
@@ -82,6 +94,11 @@ def load_weights(model: nn.Module, path: str) -> None:
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
+    return state
+
+
+def load_state(model: nn.Module, state: Any, path: str) -> None:
+    """Load a state dict from the file `path` strictly."""
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -89,6 +106,18 @@ def load_weights(model: nn.Module, path: str) -> None:
         raise PTQError(
             f"weights={path!r} do not fit {type(model).__name__}: {first}. Give the file that this model was saved to."
         ) from None
+
+
+def other_classes(model: nn.Module, state: Any) -> int | None:
+    """How many classes `state` has where it fits `model` but for their number; None if that is not all."""
+    own = model.state_dict()
+    if not isinstance(state, dict) or own.keys() != state.keys():
+        return None
+    pairs = [(own[key].shape, state[key].shape) for key in own if own[key].shape != state[key].shape]
+    found = {(mine[:1], other[:1]) for mine, other in pairs}
+    if len(found) != 1 or any(mine[1:] != other[1:] for mine, other in pairs):
+        return None
+    return int(pairs[0][1][0])
 
 
 def is_torchvision(model: nn.Module | str) -> bool:

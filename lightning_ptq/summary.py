@@ -235,6 +235,8 @@ def table(summary: dict[str, Any]) -> str:
         (f"nearest, {bits}", summary["nearest_top1"], summary["nearest_agreement"]),
         (f"{method_title(summary)}, {bits}", summary["student_top1"], summary["teacher_agreement"]),
     ]  # fmt: skip
+    if method_title(summary) == "nearest":  # calibrated it is the same
+        rows.pop()
     width = max(len(name) for name, *_ in rows)
     lines = [f"{'':{width}} {'top-1 %':>9} {'agreement with the teacher %':>30}"]
     lines += [f"{name:{width}} {cell(top1)} {cell(agreement):>30}" for name, top1, agreement in rows]
@@ -245,7 +247,7 @@ def table(summary: dict[str, Any]) -> str:
         shown = any(value is not None for value in values)
         if shown and (measure == "miou" or summary["teacher_agreement"] is None):
             lines.append(f"{'':{width}} {title:>14}")
-            lines += [f"{name:{width}} {cell(value):>14}" for name, value in zip(names, values, strict=True)]
+            lines += [f"{name:{width}} {cell(value):>14}" for name, value in zip(names, values, strict=False)]
     if not summary["complete"]:
         lines.append(
             f"not finished: {len(summary['units'])} units are done. To go on, give ckpt_path, the run's "

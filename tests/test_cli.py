@@ -18,7 +18,7 @@ import torch
 import torchvision
 
 from lightning_ptq import DigitsData, PTQError
-from lightning_ptq.building import build_model, load_weights
+from lightning_ptq.building import build_model, build_network, load_weights
 from lightning_ptq.cli import main
 from lightning_ptq.models import digits_net, resnet20
 
@@ -383,6 +383,17 @@ def test_weights_below_a_usual_key_are_found(tmp_path: Path, key: str) -> None:
     model = digits_net()
     load_weights(model, str(tmp_path / "weights.pt"))
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_of_torchvision_has_as_many_classes_as_its_weights(tmp_path: Path) -> None:
+    trained = build_model("resnet18", num_classes=7)
+    torch.save(trained.state_dict(), tmp_path / "weights.pt")
+    network = build_network("resnet18", str(tmp_path / "weights.pt"))
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(network(images), trained.eval()(images))
+    torch.save(build_model("resnet34").state_dict(), tmp_path / "other.pt")
+    with pytest.raises(PTQError, match=r"other.pt' do not fit ResNet"):
+        build_network("resnet18", str(tmp_path / "other.pt"))
 
 
 def test_a_missing_data_folder_is_named(tmp_path: Path, weights: Path) -> None:
