@@ -183,8 +183,8 @@ def default_rates(steps: int) -> tuple[float, float]:
 def default_network_steps(steps: int) -> int:
     """Steps of the whole network's epoch where units take `steps`: each goes through all of them.
 
-    As many, up to a hundred; then ten times the square root, but an eighth at least. On held-out calibration images a
-    hundred of these gain more than several hundred of the units' (docs/performance.md).
+    As many, up to a hundred; then ten times the square root, but an eighth at least. On unseen calibration images 100
+    and 100 are as good as 250 and 32, in two thirds of the time (docs/performance.md).
     """
     return max(-(-steps // 8), min(steps, round(10 * math.sqrt(steps))))
 
