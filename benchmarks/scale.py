@@ -34,7 +34,7 @@ LINES = {
     "images": (128, 256, 512, 1024),
     "steps": (25, 50, 100, 200),
     "depth": (1, 2, 4, 8),  # blocks of each of three stages: 8, 14, 26 and 50 layers
-    "pixels": (16, 32, 64, 128),
+    "pixels": (16, 32, 64),
     "processes": (1, 2),
 }
 COLUMNS = ("line", "value", "seconds", "repeats", "commit")
