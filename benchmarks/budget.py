@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import lightning_ptq as ptq
-from benchmarks.common import DEFAULT_ROOT, Yardstick, calibrate, commit, in_process, trained
+from benchmarks.common import DEFAULT_ROOT, Yardstick, append, calibrate, commit, in_process, trained
 
 # unit steps/last epoch's steps[/settle]
 POINTS = (
@@ -86,12 +86,7 @@ def main() -> None:
             if any(all(row[key] == str(value) for key, value in asked.items()) for row in rows):
                 continue
             row = in_process("budget", "--root", str(args.root), "--one", json.dumps(asked))
-            new = not args.out.exists()
-            with args.out.open("a", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
+            append(args.out, COLUMNS, [row])
             rows.append({key: str(value) for key, value in row.items()})
     wanted: dict[str, list[dict[str, str]]] = {}
     for row in rows:

@@ -106,13 +106,19 @@ def complete(
         if name in {row[columns[0]] for row in rows}:
             continue
         new = [{column: str(row.get(column, "")) for column in columns} for row in rows_of(name)]
-        with out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            if not rows:
-                writer.writeheader()
-            writer.writerows(new)
+        append(out, columns, new)
         rows += new
     return rows
+
+
+def append(out: Path, columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> None:
+    """Add rows to a CSV file, which begins with the columns' names."""
+    new = not out.exists()
+    with out.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(columns))
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 def commit() -> str:

@@ -11,7 +11,6 @@ benchmarks/memory.csv; about 40 GB of disk are needed.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import re
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 
 import lightning_ptq as ptq
 from benchmarks.census import random_model
-from benchmarks.common import calibrate, commit, in_process
+from benchmarks.common import append, calibrate, commit, in_process
 from benchmarks.eight_bits import crops, settle
 from lightning_ptq.drop import DropMask
 from lightning_ptq.losses import reconstruction_loss
@@ -182,12 +181,7 @@ def main() -> None:
     sizes = ("step", "estimate", "networks", "peak_anonymous", "peak_rss")
     row = settings | {key: f"{value / GIB:.2f}" if key in sizes else value for key, value in found.items()}
     row |= {"bound": f"{bound / GIB:.2f}", "ratio": f"{found['peak_rss'] / bound:.2f}", "commit": commit()}
-    new = not a.out.exists()
-    with a.out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    append(a.out, row, [row])
     print("\n".join(f"{key:15} {value}" for key, value in row.items()))
 
 

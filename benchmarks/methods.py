@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.common import DEFAULT_ROOT, Yardstick, calibrate, commit, trained
+from benchmarks.common import DEFAULT_ROOT, Yardstick, append, calibrate, commit, trained
 from lightning_ptq.methods import default_network_steps
 
 BITS = ["w4a4", "w3a3", "w2a4", "w2a2"]
@@ -192,12 +192,7 @@ def run_missing(wanted: list[dict[str, Any]], out: Path, root: Path, threads: in
                 continue
             row = dict(zip(DEFAULTS, key(running[future]), strict=True)) | result | {"jobs": jobs}
             print(json.dumps(row), flush=True)
-            new = not out.exists()
-            with out.open("a", newline="") as file:
-                writer = csv.DictWriter(file, [*DEFAULTS, *RESULTS])
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
+            append(out, (*DEFAULTS, *RESULTS), [row])
     return failed
 
 
