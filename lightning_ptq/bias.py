@@ -34,12 +34,19 @@ def correct_biases(cache: UnitCache, mean: Callable[[Tensor], Tensor]) -> None:
 
 
 @torch.no_grad()
-def round_biases(student: Chain, layers: Sequence[LayerPlan]) -> None:
-    """Make every bias a multiple of input scale x weight scale, in which an integer kernel adds up its products.
+def round_biases(student: Chain, layers: Sequence[LayerPlan], everywhere: bool) -> None:
+    """Make biases multiples of input scale x weight scale, in which an integer kernel adds up its products.
 
-    A runtime rounds it to that anyhow; so the simulation does, too.
+    ONNX Runtime rounds to that what stands between integers of 8 bits, whether or not it has a kernel for it; so the
+    simulation does, too.
+
+    Args:
+        everywhere: all of them, as kernels want; else those of layers whose output is quantized to 8 bits.
     """
     for plan in layers:
+        given = None if plan.gives is None else student.find(plan.gives)
+        if not (everywhere or (isinstance(given, ActQuantizer) and given.bits == 8)):
+            continue
         layer, read = student.find(plan.name), student.find(plan.reads)
         assert isinstance(read, ActQuantizer)
         q = layer.weight_quantizer

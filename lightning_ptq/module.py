@@ -621,8 +621,8 @@ class PTQModule(QuickName, Evaluation):
     def _finish(self, unit: int) -> None:
         """Judge `unit` if it was not yet, and log what its report says."""
         report = self.session.finish(unit)
-        if unit == len(self.epoch_names) - 1 and self.quant.placement == "hardware":
-            round_biases(self.student, self.chains.layers)
+        if unit == len(self.epoch_names) - 1:
+            round_biases(self.student, self.chains.layers, everywhere=self.quant.placement == "hardware")
         if report is not None:
             numbers = {k: v for k, v in report.to_dict().items() if isinstance(v, float)}
             steps = min(self.steps_of(unit), self.trainer.num_training_batches) * share_taken(report.settled_after)

@@ -66,7 +66,8 @@ def export_onnx(
     require("onnx", "onnxscript", "onnxruntime")
 
     def write(to: Path, every_unit: bool) -> None:
-        save_onnx(onnx_model(module.student, shape, metadata, every_unit), to)
+        integers = module.quant.placement == "hardware"  # there the kernels want them
+        save_onnx(onnx_model(module.student, shape, metadata, every_unit, integers), to)
 
     path, images = prepare(module, Path(path), images, overwrite)
     shape, metadata = tuple(images.shape[1:]), describe(module)

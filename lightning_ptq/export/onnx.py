@@ -32,7 +32,11 @@ _MOST_BITS = {torch.int8: 8, torch.uint8: 8, torch.int16: 16, torch.uint16: 16}
 
 
 def onnx_model(
-    student: Chain, image_shape: Sequence[int], metadata: Mapping[str, Any], every_unit: bool = False
+    student: Chain,
+    image_shape: Sequence[int],
+    metadata: Mapping[str, Any],
+    every_unit: bool = False,
+    int32_biases: bool = False,
 ) -> ModelProto:
     """The ONNX model of a calibrated student: "images" (N, C, H, W), N as you like, in; "output" out, or several.
 
@@ -42,6 +46,8 @@ def onnx_model(
     Args:
         metadata: plain values, stored as JSON under "lightning_ptq".
         every_unit: one output for each unit, named after it.
+        int32_biases: store biases as integers, with scales of their own, where they are multiples of what a kernel
+            adds up; else as float32, which a runtime rounds to the same.
 
     Raises:
         PTQError: what `convert` raises; onnx or onnxscript is not installed; an operation that ONNX can't express.
@@ -54,7 +60,7 @@ def onnx_model(
     layers = [pair for unit in student.units for pair in quantized_layers(unit)]
     narrow_weights(exported, [name for name, layer in layers if layer.weight_quantizer.bits <= 4])
     clips_as_bounds(exported, small_grids(student))
-    for rewrite in (clips_behind, global_pools, integer_biases, forget_origins):
+    for rewrite in (clips_behind, global_pools, *([integer_biases] if int32_biases else []), forget_origins):
         rewrite(exported)
     entry = exported.metadata_props.add()
     entry.key, entry.value = "lightning_ptq", json.dumps(dict(metadata))

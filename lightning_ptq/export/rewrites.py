@@ -110,6 +110,7 @@ def forget_origins(model: ModelProto) -> None:
     for node in model.graph.node:
         del node.metadata_props[:]
     del model.graph.value_info[:]
+    del model.graph.metadata_props[:]
 
 
 def constants(model: ModelProto) -> dict[str, Any]:

@@ -31,8 +31,9 @@ __all__ = ["Chain", "ChainPair", "FloatOp", "LayerPlan", "build_chain"]
 class LayerPlan:
     """A quantized layer: its name and type, the index of its unit, its bits and its number of float parameters.
 
-    `act_bits` are the bits of the activation that it `reads`, by its quantizer's name. Bits that are `fixed` follow
-    from the edge policy or an override.
+    `act_bits` are the bits of the activation that it `reads`, by its quantizer's name. `gives` is the quantizer of its
+    output, or of that of the ReLU behind it, if there is one. Bits that are `fixed` follow from the edge policy or an
+    override.
     """
 
     name: str
@@ -43,6 +44,7 @@ class LayerPlan:
     parameters: int
     reads: str
     fixed: bool
+    gives: str | None = None
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,7 @@ def plan_layers(placement: Placement, units: Sequence[Sequence[fx.Node]]) -> tup
                         count,
                         placement.reads[node],
                         node in placement.fixed,
+                        placement.gives.get(node),
                     )
                 )
     return tuple(plans)

@@ -42,6 +42,7 @@ class Placement:
         fixed: layers whose bits follow from the edge policy or an override.
         quantizers: quantizer nodes.
         reads: layer node -> name of the quantizer of what it reads.
+        gives: layer node -> name of the quantizer of its output, or of that of the activation behind it, if any.
     """
 
     gm: fx.GraphModule
@@ -50,6 +51,7 @@ class Placement:
     fixed: frozenset[fx.Node]
     quantizers: frozenset[fx.Node]
     reads: dict[fx.Node, str]
+    gives: dict[fx.Node, str]
 
 
 def place_quantizers(gm: fx.GraphModule, config: QuantConfig, leaf_modules: Sequence[str] = ()) -> Placement:
@@ -84,6 +86,7 @@ def place_quantizers(gm: fx.GraphModule, config: QuantConfig, leaf_modules: Sequ
                 needs.setdefault(producer, []).append(wanted[node].act_bits)
     for producer in around_kernels(gm, list(wanted)) if hardware else ():
         needs.setdefault(producer, []).append(config.act_bits)
+    outputs = {node: result(gm, node) for node in nodes}
     inserted: dict[fx.Node, fx.Node] = {}
     for producer, bits in needs.items():
         kind = LogQuantizer if config.softmax == "log2" and is_softmax(gm, producer) else ActQuantizer
@@ -95,7 +98,8 @@ def place_quantizers(gm: fx.GraphModule, config: QuantConfig, leaf_modules: Sequ
     fixed |= {n for n in nodes if shared.intersection(read[n])}
     layers = {n: LayerBits(wanted[n].weight_bits, max(needs[read[n][0]])) for n in nodes}
     reads = {n: str(inserted[read[n][0]].target) for n in nodes}
-    return Placement(gm, layers, products, frozenset(fixed), frozenset(inserted.values()), reads)
+    gives = {n: str(inserted[out].target) for n, out in outputs.items() if out in inserted}
+    return Placement(gm, layers, products, frozenset(fixed), frozenset(inserted.values()), reads, gives)
 
 
 def around_kernels(gm: fx.GraphModule, layers: Sequence[fx.Node]) -> list[fx.Node]:

@@ -98,6 +98,37 @@ def test_with_hardware_placement_integer_kernels_do_the_work(tmp_path: Path, bit
         assert not {"Conv", "DequantizeLinear"}.intersection(ops)
 
 
+@pytest.mark.parametrize("bits", [8, 3])
+def test_biases_are_simulated_as_the_runtime_rounds_them(tmp_path: Path, bits: int) -> None:
+    """It makes int32 multiples of those between two quantizers of 8 bits, without being asked."""
+    import onnxruntime
+
+    module = fitted(tmp_path, QuantConfig(bits, 8))
+    path, optimised = tmp_path / "model.onnx", tmp_path / "optimised.onnx"
+    ptq.export_onnx(module, path)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(optimised), 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    ours, theirs = (
+        {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+        for model in (onnx.load(str(path)), onnx.load(str(optimised)))
+    )
+    layers = {node.name: node for node in onnx.load(str(path)).graph.node}
+    rounded = 0
+    graph = onnx.load(str(optimised)).graph
+    made_by = {name: node for node in graph.node for name in node.output}
+    for node in graph.node:
+        source = made_by.get(node.input[2]) if node.op_type in ("Conv", "Gemm") and len(node.input) == 3 else None
+        if source is not None and source.op_type == "DequantizeLinear":
+            integers, scale = (theirs[name] for name in source.input[:2])
+            assert integers.dtype == np.int32
+            bias = ours[layers[node.name].input[2]]
+            np.testing.assert_allclose(integers * scale, bias, rtol=1e-5, atol=float(np.min(scale)) * 1e-2)
+            rounded += 1
+    assert rounded == sum(layer.gives is not None for layer in module.chains.layers) > 0
+
+
 def test_any_number_of_images_goes_in(tmp_path: Path) -> None:
     module = fitted(tmp_path, QuantConfig(4, 4))
     path = tmp_path / "model.onnx"
