@@ -16,16 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import VisionTransformer
 
-from benchmarks.common import DEFAULT_ROOT, calibrate, commit, trained
+from benchmarks.common import DEFAULT_ROOT, calibrate, commit
+from benchmarks.training import shared_images, train
 from lightning_ptq import CalibrationDataModule, ImageFolderData, PTQModule, QuantConfig
 from lightning_ptq.datasets import digits
-
-BATCH, SHIFT = 50, 3
 
 
 def transformer(data: str) -> nn.Module:
@@ -37,26 +35,6 @@ def transformer(data: str) -> nn.Module:
         model = VisionTransformer(32, 4, num_layers=6, num_heads=4, hidden_dim=96, mlp_dim=192, num_classes=10)
     nn.init.trunc_normal_(model.heads.head.weight, std=0.02)
     return model
-
-
-def train(data: str, images: Tensor, targets: Tensor, epochs: int, shift: int, mirror: bool) -> nn.Module:
-    """The trained transformer, in eval mode; `targets` (N, 10) are probabilities of the images (N, C, H, W)."""
-    torch.manual_seed(0)
-    model = transformer(data)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=5e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * -(-len(images) // BATCH))
-    for _ in range(epochs):
-        for index in torch.randperm(len(images)).split(BATCH):
-            batch = images[index].flip(3) if mirror and torch.rand(()) < 0.5 else images[index]
-            y, x = torch.randint(0, 2 * shift + 1, (2,)).tolist()
-            size = batch.shape[2]
-            batch = pad(batch, (shift,) * 4, mode="replicate")[:, :, y : y + size, x : x + size]
-            loss = cross_entropy(model(batch), targets[index], label_smoothing=0.1)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return model.eval()
 
 
 def prepared(data: str, root: Path, epochs: int, weights: Path | None) -> tuple[nn.Module, Any]:
@@ -73,15 +51,13 @@ def prepared(data: str, root: Path, epochs: int, weights: Path | None) -> tuple[
         model.load_state_dict(torch.load(weights, weights_only=True))
         return model.eval(), datamodule
     if data == "cifar10":
-        everything = ImageFolderData(str(root), resize=None, crop=None, calibration_samples=2050)
-        everything.setup("fit")
-        images = everything.calibration_images()
-        with torch.no_grad():
-            targets = trained("resnet20", root)(images).softmax(1)
-        model = train(data, images, targets, epochs, SHIFT, mirror=True)
+        images, targets = shared_images(root)
     else:
         images, labels = digits(train=True).tensors
-        model = train(data, images, nn.functional.one_hot(labels, 10).float(), epochs, 1, mirror=False)
+        targets = nn.functional.one_hot(labels, 10).float()
+    torch.manual_seed(0)
+    real = data == "cifar10"
+    model = train(transformer(data), images, targets, epochs, 3e-3, 50, 0.1, shift=3 if real else 1, mirror=real)
     if weights is not None:
         torch.save(model.state_dict(), weights)
     return model, datamodule

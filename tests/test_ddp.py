@@ -1,4 +1,4 @@
-"""Two gloo processes: identical parameters on all ranks, whatever happened before."""
+"""Two and four gloo processes: identical parameters on all ranks, whatever happened before."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ class SameOnAllRanks(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         for key, value in quantization_state(pl_module).items():
             every = pl_module._all(value.float())
-            assert torch.equal(every[0], every[1]), (trainer.current_epoch, key)
+            assert len(every) == trainer.world_size
+            assert all(torch.equal(every[0], other) for other in every[1:]), (trainer.current_epoch, key)
         # This hook runs before the unit is judged, so what was learned is still there. At 8 bits there is little.
         if trainer.current_epoch < len(pl_module.student):
             learned = [q for q in act_quantizers(pl_module.student.units[trainer.current_epoch]) if q.bits < 8]
@@ -80,6 +81,17 @@ def test_all_ranks_leave_every_unit_with_the_same_parameters(tmp_path: Path, cha
     same = sum(n for teacher, student, n in confused["pairs"] if teacher == student)
     assert confused["images"] == 2 * 30, "each process validates all images here"
     assert 100 * same / 60 == pytest.approx(summary["teacher_agreement"], abs=1e-4)
+
+
+def test_four_processes_with_uneven_shares_leave_every_unit_alike(tmp_path: Path) -> None:
+    module = tiny_module(steps_per_unit=4, rounding_lr=0.05, network_steps=3, contrastive=True, batch_size=2)
+    four = trainer(
+        tmp_path, devices=4, strategy="ddp_fork", callbacks=[SameOnAllRanks()], use_distributed_sampler=False
+    )
+    four.fit(module, datamodule=tiny_data(42))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [unit["name"] for unit in summary["units"]] == list(module.epoch_names)
+    assert summary["complete"]
 
 
 def test_bits_are_chosen_alike_where_processes_have_uneven_shares(tmp_path: Path) -> None:

@@ -1,0 +1,129 @@
+"""The same job with other threads, processes and precisions: is it the same result?
+
+    python -m benchmarks.same --root FOLDER               # runs what benchmarks/same.csv lacks, prints the table
+    python -m benchmarks.same --bits w4a4 --seeds 0 1 2 --variants plain threads
+
+ResNet-20, qdrop. Numbers of threads sum in another order and numbers of processes draw other batches (of the same 32
+images together), so that no two are bit-equal; precisions round otherwise. The table has each variant's top-1 and its
+difference from the plain run of the same seed: mean, standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+import lightning_ptq as ptq
+from benchmarks.common import DEFAULT_ROOT, append, commit, in_process, trained
+
+# Threads of each process, processes, the Trainer's precision.
+VARIANTS: dict[str, tuple[int, int, Any]] = {
+    "plain": (1, 1, "32-true"),
+    "threads": (2, 1, "32-true"),
+    "two processes": (1, 2, "32-true"),
+    "four processes": (1, 4, "32-true"),
+    "bf16-mixed": (1, 1, "bf16-mixed"),
+}
+COLUMNS = ("variant", "bits", "steps", "seed", "teacher_top1", "student_top1", "agreement", "seconds", "commit")
+BATCH = 32
+
+
+def go(variant: str, bits: str, steps: int, seed: int, root: Path) -> dict[str, Any]:
+    """The row of one calibration."""
+    threads, processes, precision = VARIANTS[variant]
+    torch.set_num_threads(threads)
+    module = ptq.PTQModule(
+        trained("resnet20", root),
+        ptq.QuantConfig(int(bits[1]), int(bits[3])),
+        steps_per_unit=steps,
+        batch_size=BATCH // processes,
+        seed=seed,
+        report=False,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        L.Trainer(
+            accelerator="cpu",
+            devices=processes,
+            strategy="auto" if processes == 1 else "ddp_fork",
+            precision=precision,
+            max_epochs=-1,
+            logger=False,
+            default_root_dir=folder,
+            enable_progress_bar=False,
+            use_distributed_sampler=False,
+        ).fit(module, datamodule=ptq.ImageFolderData(str(root), resize=None, crop=None, seed=seed))
+        summary = json.loads((Path(folder) / "summary.json").read_text())
+    return {
+        "variant": variant,
+        "bits": bits,
+        "steps": steps,
+        "seed": seed,
+        "teacher_top1": round(summary["teacher_top1"], 3),
+        "student_top1": round(summary["student_top1"], 3),
+        "agreement": round(summary["teacher_agreement"], 3),
+        "seconds": summary["wall_seconds"]["calibration"],
+        "commit": commit(),
+    }
+
+
+def table(rows: list[dict[str, str]], bits: str, variants: list[str], seeds: list[int]) -> list[str]:
+    """A line for each variant: mean and standard deviation of top-1, the difference from "plain" and its error."""
+
+    def top1(variant: str) -> list[float]:
+        found = {(row["variant"], int(row["seed"])): float(row["student_top1"]) for row in rows if row["bits"] == bits}
+        return [found[variant, seed] for seed in seeds]
+
+    def spread(values: list[float]) -> float:
+        return statistics.stdev(values) if len(values) > 1 else float("nan")
+
+    lines = []
+    for variant in variants:
+        values, plain = top1(variant), top1("plain")
+        differences = [a - b for a, b in zip(values, plain, strict=True)]
+        error = spread(differences) / len(seeds) ** 0.5
+        what = f"{statistics.mean(values):6.2f} +- {spread(values):.2f}"
+        lines.append(f"{bits} {variant:<15} {what}   {statistics.mean(differences):+6.2f} +- {error:.2f}")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=Path(DEFAULT_ROOT), help="folder with calib/, val/ and teachers/")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help='besides "plain"')
+    parser.add_argument("--bits", nargs="+", default=["w4a4", "w2a2"])
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/same.csv"))
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(go(*json.loads(args.one), args.root)))
+        return
+    variants = list(dict.fromkeys(["plain", *args.variants]))
+    print(f"top-1, {args.steps} steps, {len(args.seeds)} seeds; difference from plain")
+    for bits in args.bits:
+        for variant in variants:
+            for seed in args.seeds:
+                run = (variant, bits, args.steps, seed)
+                if not any((r["variant"], r["bits"], int(r["steps"]), int(r["seed"])) == run for r in read(args.out)):
+                    options = ["--root", str(args.root), "--one", json.dumps(run)]
+                    append(args.out, COLUMNS, [in_process("same", *options)])
+        rows = [row for row in read(args.out) if int(row["steps"]) == args.steps]
+        print("\n".join(table(rows, bits, variants, args.seeds)), flush=True)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """All rows of the CSV, none if there is no file."""
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+
+
+if __name__ == "__main__":
+    main()

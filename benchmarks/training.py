@@ -1,0 +1,89 @@
+"""Short trainings of networks for benchmarks, where none with trained weights is at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, interpolate, pad
+
+from benchmarks.common import trained
+from lightning_ptq import ImageFolderData
+
+# torchvision's networks learn the shared images at so many pixels, for so many epochs (0: as they are).
+SIZE = 64
+EPOCHS = {"resnet18": 12, "mobilenet_v2": 20, "efficientnet_b0": 20, "vit_b_16": 1}
+
+
+def train(
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    epochs: int,
+    rate: float,
+    batch: int,
+    smoothing: float = 0.0,
+    shift: int = 0,
+    mirror: bool = True,
+) -> nn.Module:
+    """Train `model` in place with AdamW and one cycle of its rate, and give it back in eval mode.
+
+    Args:
+        images: (N, C, H, W); a batch is moved by up to `shift` pixels and, half of the time, flipped if `mirror`.
+        targets: (N, classes), probabilities.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=5e-2)
+    total = epochs * -(-len(images) // batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=total)
+    model.train()
+    for _ in range(epochs):
+        for index in torch.randperm(len(images)).split(batch):
+            x = images[index].flip(3) if mirror and torch.rand(()) < 0.5 else images[index]
+            if shift:
+                top, left = torch.randint(0, 2 * shift + 1, (2,)).tolist()
+                height, width = x.shape[2:]
+                x = pad(x, (shift,) * 4, mode="replicate")[:, :, top : top + height, left : left + width]
+            loss = cross_entropy(model(x), targets[index], label_smoothing=smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+def shared_images(root: Path) -> tuple[Tensor, Tensor]:
+    """The 2050 images of calib/ (N, 3, 32, 32) and what the shared ResNet-20 makes of them: probabilities (N, 10)."""
+    data = ImageFolderData(str(root), resize=None, crop=None, calibration_samples=2050)
+    data.setup("fit")
+    images = data.calibration_images()
+    teacher = trained("resnet20", root)
+    with torch.no_grad():
+        return images, torch.cat([teacher(x) for x in images.split(256)]).softmax(1)
+
+
+def resized(images: Tensor) -> Tensor:
+    """(N, 3, H, W) -> (N, 3, SIZE, SIZE)."""
+    return interpolate(images, (SIZE, SIZE), mode="bilinear")
+
+
+def briefly_trained(name: str, root: Path, folder: Path) -> nn.Module:
+    """A network of torchvision for ten classes, from `folder` if it was trained before, else trained and kept there."""
+    transformer = name.startswith("vit")
+    torch.manual_seed(0)
+    model: nn.Module = torchvision.models.get_model(
+        name, num_classes=10, **({"image_size": SIZE} if transformer else {})
+    )
+    file = folder / f"{name}.pt"
+    if file.exists():
+        model.load_state_dict(torch.load(file, weights_only=True))
+        return model.eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.1
+    images, targets = shared_images(root)
+    train(model, resized(images), targets, EPOCHS[name], 5e-4 if transformer else 2e-3, batch=32)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), file)
+    return model
