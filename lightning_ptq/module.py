@@ -6,7 +6,6 @@ import os
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,22 +19,19 @@ from torch import Tensor, nn
 from lightning_ptq.allocator import keep_freed_memory
 from lightning_ptq.augment import Augmentation
 from lightning_ptq.bias import correct_biases, round_biases
-from lightning_ptq.cache import Minibatch, UnitCache
+from lightning_ptq.cache import UnitCache
 from lightning_ptq.calibration import UnitReport
 from lightning_ptq.callbacks import model_callbacks
-from lightning_ptq.checkpoint import arguments_of, checked_checkpoint, read_checkpoint
+from lightning_ptq.checkpoint import arguments_of, read_checkpoint
 from lightning_ptq.checks import check_device, check_network_steps, check_settings, check_trainer, run_folder
 from lightning_ptq.config import Granularity, QuantConfig, check_option
 from lightning_ptq.drop import DropMask
 from lightning_ptq.errors import PTQError
-from lightning_ptq.evaluation import Evaluation
-from lightning_ptq.fingerprint import VERSION, check_same, check_version, model_digest, refuse
-from lightning_ptq.functional import in_float32
-from lightning_ptq.graph import Chain, build_chain
+from lightning_ptq.fingerprint import model_digest
+from lightning_ptq.graph import build_chain
 from lightning_ptq.graph.fold import statistics_of
-from lightning_ptq.graph.taps import recorded
 from lightning_ptq.loader import UnitLoader
-from lightning_ptq.losses import ContrastiveConfig, Tail, Term, UnitBatch
+from lightning_ptq.losses import ContrastiveConfig, Term
 from lightning_ptq.losses.objectives import network_objective, unit_objective
 from lightning_ptq.memory import CachePolicy, CacheSizes, Room, bytes_of, unit_shapes
 from lightning_ptq.methods import (
@@ -44,30 +40,23 @@ from lightning_ptq.methods import (
     ScaleLearning,
     UnitInput,
     Weighting,
-    cosine,
     default_network_steps,
     default_rates,
     get_method,
 )
 from lightning_ptq.network import NETWORK
 from lightning_ptq.optimizer import optimizer_of
-from lightning_ptq.overhead import QuickName, without_profiler
+from lightning_ptq.overhead import without_profiler
 from lightning_ptq.quantizers import forget_ranges
-from lightning_ptq.record import note
-from lightning_ptq.seeds import mixed_seed
+from lightning_ptq.resuming import FROZEN, Resuming
 from lightning_ptq.selection import select
 from lightning_ptq.session import Images, Session, World
 from lightning_ptq.settling import share_taken
 from lightning_ptq.store import CacheType
 from lightning_ptq.surroundings import Surroundings, likely_part, without_classes
 
-# State that is the user's model, not the calibration's: in no checkpoint.
-_FROZEN = ("teacher.", "surroundings.")
-# Settings that came later, with the value that an older checkpoint was made with.
-_ADDED = {"settle": 0.0, "cache_dtype": "float32"}
 
-
-class PTQModule(QuickName, Evaluation):
+class PTQModule(Resuming):
     """Frozen full-precision teacher and quantized student; training optimises quantization parameters only.
 
     Args:
@@ -239,7 +228,7 @@ class PTQModule(QuickName, Evaluation):
             self.model_digest += model_digest(surroundings)
         self._drop = DropMask(self.method.drop)
         # Equal on all ranks by construction, and DDP wraps anew for every unit.
-        self._ddp_params_and_buffers_to_ignore = [name for name in self.state_dict() if name.startswith(_FROZEN)]
+        self._ddp_params_and_buffers_to_ignore = [name for name in self.state_dict() if name.startswith(FROZEN)]
         self._select(None)
 
     @classmethod
@@ -351,33 +340,9 @@ class PTQModule(QuickName, Evaluation):
         """One Adam over all quantization parameters; those of other units have no gradients and are skipped."""
         return optimizer_of(self.student)
 
-    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
-        """Clear the gradients of what is trained: nothing else has any, and walking all of it takes time."""
-        for parameter in (*self._selection.trained, self.anchor):
-            parameter.grad = None
-
     def unit_loader(self) -> UnitLoader:
         """The loader of calibration steps, which a datamodule returns as its train loader."""
         return UnitLoader(self)
-
-    def training_step(self, batch: Minibatch, batch_idx: int) -> Tensor:
-        """One step of the current unit, or of the whole network: the sum of the objective's terms."""
-        unit, name = self.trainer.current_epoch, self.epoch_names[self.trainer.current_epoch]
-        progress = self.session.progress(batch_idx, int(self.trainer.num_training_batches))
-        if progress >= 1.0:
-            return self._nothing()
-        if unit == len(self.student):
-            terms = self._network_terms(batch, batch_idx, progress)
-        else:
-            terms = self._unit_terms(unit, batch, batch_idx, progress)
-        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        steps = batch_idx + 1
-        if interval and (steps % interval == 0 or steps == self.trainer.num_training_batches):
-            self.log_dict(terms, prog_bar=True, logger=False)
-            values = {term: float(value.detach()) for term, value in terms.items()}
-            note(self.session.curves, name, steps, values)
-            self._log(name, values)
-        return sum(terms.values(), 0.0 * self.anchor)
 
     def on_validation_start(self) -> None:
         """Inside `fit`, judge a unit whose steps are done before it is validated."""
@@ -402,133 +367,6 @@ class PTQModule(QuickName, Evaluation):
     def on_train_end(self) -> None:
         """Drop the caches and select no unit: from here on the student is the same with and without gradients."""
         self.leave_units()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave all that is frozen out; add what identifies the run and what is known of the finished units."""
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith(_FROZEN)}
-        checkpoint["lightning_ptq"] = {
-            "version": VERSION,
-            "model": self.model_digest,
-            "structure": self._structure(),
-            "settings": self.settings(),
-            "built": self._built,
-            "session": self.session.state(),
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another run's checkpoint; give what is frozen back so that loading stays strict."""
-        saved = checked_checkpoint(checkpoint)["lightning_ptq"]
-        drift = self.allow_drift
-        check_version(saved.get("version", VERSION), drift)
-        check_same(saved["structure"], self._structure(), "quantization config", drift)
-        if saved["model"] != self.model_digest:
-            refuse(
-                "the checkpoint belongs to a model with other weights. Give the weights that it was calibrated from",
-                drift,
-            )
-        fits = self._trainer is not None and self.trainer.state.fn == "fit"
-        if fits:
-            check_same(_ADDED | saved["settings"], self.settings(), "calibration setting", drift)
-        else:  # weights of loss terms: they say nothing to who only uses the network, with whatever terms
-            live = {key: value for key, value in self.state_dict().items() if key.endswith(".ratio_sums")}
-            checkpoint["state_dict"].update(live)
-        self.session.load_state(saved["session"])
-        left = len(self.epoch_names) - len(self.session.reports)
-        if left and not fits:
-            warnings.warn(
-                f"calibration is not finished: {left} of {len(self.epoch_names)} epochs are left, and what was not "
-                "calibrated may do worse than rounding to nearest. Go on with fit and ckpt_path.",
-                stacklevel=2,
-            )
-        checkpoint["state_dict"].update({k: v for k, v in self.state_dict().items() if k.startswith(_FROZEN)})
-
-    # ---- steps ----
-
-    def _unit_terms(self, unit: int, batch: Minibatch, step: int, progress: float) -> dict[str, Tensor]:
-        rounding, scales = self.method.rate_factors(progress)
-        scale_lr = scales * self.scale_lr
-        self._set_rates(rounding=rounding * self.rounding_lr, scales=scale_lr, corrections=scale_lr)
-        self._drop.seed(mixed_seed(self.seed, self.global_rank), mixed_seed(self.seed, unit, step, self.global_rank))
-        self._drop.active = progress < self.method.drop_until
-        with recorded(self.student.units[unit]) as inner:
-            student_out = self.student.units[unit](self._unit_input(batch))
-        terms: dict[str, Tensor] = self.objective(
-            UnitBatch(
-                student_out=student_out,
-                teacher_out=batch.teacher_out,
-                teacher_features=batch.features,
-                teacher_side=self.session.opened,
-                rows=batch.rows,
-                tail=self._tail(self.teacher, unit + 1),
-                student_unit=self.student.units[unit],
-                roundings=[q.take_rounding() for q in self._selection.rounded],
-                unit=unit,
-                step=step,
-                progress=self.method.rounding_progress(progress),
-                channel_dim=self.student.channel_dim(unit, student_out.shape),
-                importance=self.session.importance_of(unit),
-                inner=list(zip(inner, self._teacher_inner(unit, batch), strict=True)) if inner else (),
-                seed=mixed_seed(self.seed, unit, step, self.global_rank),
-                clean=(lambda: self._clean_out(unit, batch)) if self.method.drop and self._drop.active else None,
-            )
-        )
-        return terms
-
-    def _nothing(self) -> Tensor:
-        """The loss of a step that is to change nothing: DDP insists on a gradient of all that it watches."""
-        self._set_rates()
-        return sum((0.0 * parameter.sum() for parameter in self._selection.trained), 0.0 * self.anchor)
-
-    def _clean_out(self, unit: int, batch: Minibatch) -> Tensor:
-        """The unit's output without drop and mixed input, at the Trainer's precision."""
-        x = batch.teacher_in if self.method.input == "fp" else batch.student_in
-        self._drop.active = False
-        try:
-            with self.trainer.precision_plugin.forward_context(), recorded(self.student.units[unit]):
-                out: Tensor = self.student.units[unit](x)
-        finally:
-            self._drop.active = True
-        for q in self._selection.rounded:
-            q.take_rounding()  # the regulariser has read that of the first pass
-        return out
-
-    def _network_terms(self, batch: Minibatch, step: int, progress: float) -> dict[str, Tensor]:
-        fall = cosine(progress)
-        rate = fall * self.network_lr
-        self._set_rates(rounding=fall * self.network_rounding_lr, scales=rate, corrections=rate)
-        head = len(self.student) - 1
-        if self.augment:
-            batch = self._augmented(batch, step)
-        student_out = self.student(batch.student_in, stop=head)
-        terms: dict[str, Tensor] = self.network_objective(
-            UnitBatch(
-                student_out=student_out,
-                channel_dim=self.student.channel_dim(head - 1, student_out.shape),
-                teacher_out=batch.teacher_out,
-                teacher_features=batch.features,
-                teacher_side=self.session.opened,
-                rows=batch.rows,
-                tail=self._tail(self.student, head),
-                student_unit=self.student,
-                unit=0,
-                step=step,
-                progress=progress,
-                changed=bool(self.augment),
-                seed=mixed_seed(self.seed, head + 1, step, self.global_rank),
-            )
-        )
-        return terms
-
-    @torch.no_grad()
-    def _augmented(self, batch: Minibatch, step: int) -> Minibatch:
-        """The batch with changed images, and what the teacher makes of these."""
-        generator = torch.Generator().manual_seed(mixed_seed(self.seed, step, self.global_rank))
-        images = self.teacher.laid_out(self.augment(batch.student_in, generator), self.device)
-        with in_float32(self.device):  # as the caches hold the teacher's side
-            head_in = self.teacher(images, stop=len(self.teacher) - 1)
-            out = self.teacher(head_in, start=len(self.teacher) - 1)
-        return Minibatch(images, images, head_in, out, batch.rows)
 
     # ---- units ----
 
@@ -629,43 +467,12 @@ class PTQModule(QuickName, Evaluation):
             images = steps * self.batch_size * self.trainer.world_size
             self._log(report.name, numbers | {"images_per_second": images / report.seconds})
 
-    def _log(self, name: str, numbers: dict[str, float]) -> None:
-        """To the loggers at once: `self.log` would wait for a step that `log_every_n_steps` divides."""
-        for logger in self.loggers:
-            logger.log_metrics({f"units/{name}/{key}": value for key, value in numbers.items()}, step=self.global_step)
-
     def _select(self, unit: int | None, *, fresh: bool = True) -> None:
         """Train `unit`, the whole network if that is len(student), or nothing."""
         self.teacher.requires_grad_(False)
         self.zero_grad()
         again = self.network_rounding_lr > 0
         self._selection = select(self.student, unit, self.method, self._drop, round_again=again, fresh=fresh)
-
-    def _unit_input(self, batch: Minibatch) -> Tensor:
-        if self.method.input == "fp":
-            return batch.teacher_in
-        keep = self._drop.keep(batch.student_in) if self.method.input == "mix" else None
-        return batch.student_in if keep is None else torch.lerp(batch.teacher_in, batch.student_in, keep)
-
-    def _teacher_inner(self, unit: int, batch: Minibatch) -> list[Tensor]:
-        """What the teacher's unit computes where layers end inside it."""
-        with torch.no_grad(), recorded(self.teacher.units[unit]) as inner:
-            self.teacher.units[unit](batch.teacher_in)
-        return inner
-
-    def _tail(self, chain: Chain, start: int) -> Tail:
-        """The units of `chain` from `start` on, at the Trainer's precision, though terms are computed in float32."""
-
-        def run(x: Tensor, units: int) -> Tensor:
-            with self.trainer.precision_plugin.forward_context():
-                return chain(x, start=start, stop=start + units)  # type: ignore[no-any-return]
-
-        return Tail(run, len(chain) - start, lambda units, shape: chain.channel_dim(start + units - 1, shape))
-
-    def _set_rates(self, **rates: float) -> None:
-        """Learning rates of the named groups, 0 for others; anew at each step, so resuming needs no scheduler."""
-        for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = rates.get(group["name"], 0.0)
 
     def _all(self, x: Tensor) -> Tensor:
         """`x` of every process, stacked: (world, ...)."""
@@ -676,40 +483,3 @@ class PTQModule(QuickName, Evaluation):
         parts = [torch.empty_like(x) for _ in range(self.trainer.world_size)]
         torch.distributed.all_gather(parts, x)
         return torch.stack(parts)
-
-    def _structure(self) -> dict[str, Any]:
-        """Settings that decide which parameters there are and what they mean."""
-        part = {} if self.surroundings is None else {"part": self.surroundings.part}
-        return self.quant.to_dict() | {"granularity": self.method.granularity, "rounding": self.method.rounding} | part
-
-    def settings(self) -> dict[str, Any]:
-        """Settings, the Trainer's among them, that decide how calibration proceeds."""
-        return {
-            "processes": self.trainer.world_size,
-            "precision": self.trainer.precision,
-            "method": self.method_name,
-            "input": self.method.input,
-            "scales": self.method.scales,
-            "drop": self.method.drop,
-            "drop_until": self.method.drop_until,
-            "weighting": self.method.weighting,
-            "corrections": self.method.corrections,
-            "prediction": self.method.prediction,
-            "distribution_steps": self.method.distribution_steps,
-            "contrastive": self.contrastive,
-            "steps_per_unit": self.steps_per_unit,
-            "network_steps": self.network_steps,
-            "network_lr": self.network_lr,
-            "network_rounding_lr": self.network_rounding_lr,
-            "network_features": self.network_features,
-            "augment": asdict(self.augment),
-            "batch_size": self.batch_size,
-            "held_out": self.held_out,
-            "settle": self.settle,
-            "rounding_lr": self.rounding_lr,
-            "scale_lr": self.scale_lr,
-            "rounding_weight": self.rounding_weight,
-            "critic": asdict(self.critic),
-            "cache_dtype": self.cache_dtype,
-            "seed": self.seed,
-        }

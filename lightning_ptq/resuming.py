@@ -1,0 +1,116 @@
+"""What a checkpoint holds beyond Lightning's own, and what has to be equal where it is loaded."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict
+from typing import Any
+
+from lightning_ptq.checkpoint import checked_checkpoint
+from lightning_ptq.config import QuantConfig
+from lightning_ptq.fingerprint import VERSION, check_same, check_version, refuse
+from lightning_ptq.losses import ContrastiveConfig
+from lightning_ptq.steps import Steps
+from lightning_ptq.store import CacheType
+
+# State that is the user's model, not the calibration's: in no checkpoint.
+FROZEN = ("teacher.", "surroundings.")
+# Settings that came later, with the value that an older checkpoint was made with.
+_ADDED = {"settle": 0.0, "cache_dtype": "float32"}
+
+
+class Resuming(Steps):
+    """The part of a `PTQModule` that writes checkpoints and refuses those of other runs."""
+
+    quant: QuantConfig
+    critic: ContrastiveConfig
+    contrastive: bool
+    method_name: str
+    model_digest: str
+    allow_drift: bool
+    batch_size: int
+    steps_per_unit: int
+    network_steps: int
+    network_features: float
+    rounding_weight: float | None
+    cache_dtype: CacheType
+    held_out: float
+    settle: float
+    _built: dict[str, Any]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave all that is frozen out; add what identifies the run and what is known of the finished units."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith(FROZEN)}
+        checkpoint["lightning_ptq"] = {
+            "version": VERSION,
+            "model": self.model_digest,
+            "structure": self._structure(),
+            "settings": self.settings(),
+            "built": self._built,
+            "session": self.session.state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse another run's checkpoint; give what is frozen back so that loading stays strict."""
+        saved = checked_checkpoint(checkpoint)["lightning_ptq"]
+        drift = self.allow_drift
+        check_version(saved.get("version", VERSION), drift)
+        check_same(saved["structure"], self._structure(), "quantization config", drift)
+        if saved["model"] != self.model_digest:
+            refuse(
+                "the checkpoint belongs to a model with other weights. Give the weights that it was calibrated from",
+                drift,
+            )
+        fits = self._trainer is not None and self.trainer.state.fn == "fit"
+        if fits:
+            check_same(_ADDED | saved["settings"], self.settings(), "calibration setting", drift)
+        else:  # weights of loss terms: they say nothing to who only uses the network, with whatever terms
+            live = {key: value for key, value in self.state_dict().items() if key.endswith(".ratio_sums")}
+            checkpoint["state_dict"].update(live)
+        self.session.load_state(saved["session"])
+        left = len(self.epoch_names) - len(self.session.reports)
+        if left and not fits:
+            warnings.warn(
+                f"calibration is not finished: {left} of {len(self.epoch_names)} epochs are left, and what was not "
+                "calibrated may do worse than rounding to nearest. Go on with fit and ckpt_path.",
+                stacklevel=2,
+            )
+        checkpoint["state_dict"].update({k: v for k, v in self.state_dict().items() if k.startswith(FROZEN)})
+
+    def _structure(self) -> dict[str, Any]:
+        """Settings that decide which parameters there are and what they mean."""
+        part = {} if self.surroundings is None else {"part": self.surroundings.part}
+        return self.quant.to_dict() | {"granularity": self.method.granularity, "rounding": self.method.rounding} | part
+
+    def settings(self) -> dict[str, Any]:
+        """Settings, the Trainer's among them, that decide how calibration proceeds."""
+        return {
+            "processes": self.trainer.world_size,
+            "precision": self.trainer.precision,
+            "method": self.method_name,
+            "input": self.method.input,
+            "scales": self.method.scales,
+            "drop": self.method.drop,
+            "drop_until": self.method.drop_until,
+            "weighting": self.method.weighting,
+            "corrections": self.method.corrections,
+            "prediction": self.method.prediction,
+            "distribution_steps": self.method.distribution_steps,
+            "contrastive": self.contrastive,
+            "steps_per_unit": self.steps_per_unit,
+            "network_steps": self.network_steps,
+            "network_lr": self.network_lr,
+            "network_rounding_lr": self.network_rounding_lr,
+            "network_features": self.network_features,
+            "augment": asdict(self.augment),
+            "batch_size": self.batch_size,
+            "held_out": self.held_out,
+            "settle": self.settle,
+            "rounding_lr": self.rounding_lr,
+            "scale_lr": self.scale_lr,
+            "rounding_weight": self.rounding_weight,
+            "critic": asdict(self.critic),
+            "cache_dtype": self.cache_dtype,
+            "seed": self.seed,
+        }

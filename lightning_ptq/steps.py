@@ -1,0 +1,186 @@
+"""What a training step computes: the terms of a unit, or of the whole network, from what the caches hold."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ptq.augment import Augmentation
+from lightning_ptq.cache import Minibatch
+from lightning_ptq.drop import DropMask
+from lightning_ptq.evaluation import Evaluation
+from lightning_ptq.functional import in_float32
+from lightning_ptq.graph import Chain
+from lightning_ptq.graph.taps import recorded
+from lightning_ptq.losses import Tail, UnitBatch
+from lightning_ptq.losses.base import Objective
+from lightning_ptq.methods import Method, cosine
+from lightning_ptq.overhead import QuickName
+from lightning_ptq.record import note
+from lightning_ptq.seeds import mixed_seed
+from lightning_ptq.selection import Selection
+from lightning_ptq.session import Session
+
+
+class Steps(QuickName, Evaluation):
+    """The part of a `PTQModule` that Lightning calls at every step; it changes nothing but learning rates.
+
+    Attributes:
+        epoch_names: the units', and that of the whole network's epoch if there is one.
+        anchor: gives Lightning and DDP a gradient where nothing is learned.
+    """
+
+    method: Method
+    objective: Objective
+    network_objective: Objective
+    session: Session
+    augment: Augmentation
+    epoch_names: tuple[str, ...]
+    anchor: nn.Parameter
+    rounding_lr: float
+    scale_lr: float
+    network_lr: float
+    network_rounding_lr: float
+    seed: int
+    _selection: Selection
+    _drop: DropMask
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Clear the gradients of what is trained: nothing else has any, and walking all of it takes time."""
+        for parameter in (*self._selection.trained, self.anchor):
+            parameter.grad = None
+
+    def training_step(self, batch: Minibatch, batch_idx: int) -> Tensor:
+        """One step of the current unit, or of the whole network: the sum of the objective's terms."""
+        unit, name = self.trainer.current_epoch, self.epoch_names[self.trainer.current_epoch]
+        progress = self.session.progress(batch_idx, int(self.trainer.num_training_batches))
+        if progress >= 1.0:
+            return self._nothing()
+        if unit == len(self.student):
+            terms = self._network_terms(batch, batch_idx, progress)
+        else:
+            terms = self._unit_terms(unit, batch, batch_idx, progress)
+        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        steps = batch_idx + 1
+        if interval and (steps % interval == 0 or steps == self.trainer.num_training_batches):
+            self.log_dict(terms, prog_bar=True, logger=False)
+            values = {term: float(value.detach()) for term, value in terms.items()}
+            note(self.session.curves, name, steps, values)
+            self._log(name, values)
+        return sum(terms.values(), 0.0 * self.anchor)
+
+    def _unit_terms(self, unit: int, batch: Minibatch, step: int, progress: float) -> dict[str, Tensor]:
+        rounding, scales = self.method.rate_factors(progress)
+        scale_lr = scales * self.scale_lr
+        self._set_rates(rounding=rounding * self.rounding_lr, scales=scale_lr, corrections=scale_lr)
+        self._drop.seed(mixed_seed(self.seed, self.global_rank), mixed_seed(self.seed, unit, step, self.global_rank))
+        self._drop.active = progress < self.method.drop_until
+        with recorded(self.student.units[unit]) as inner:
+            student_out = self.student.units[unit](self._unit_input(batch))
+        terms: dict[str, Tensor] = self.objective(
+            UnitBatch(
+                student_out=student_out,
+                teacher_out=batch.teacher_out,
+                teacher_features=batch.features,
+                teacher_side=self.session.opened,
+                rows=batch.rows,
+                tail=self._tail(self.teacher, unit + 1),
+                student_unit=self.student.units[unit],
+                roundings=[q.take_rounding() for q in self._selection.rounded],
+                unit=unit,
+                step=step,
+                progress=self.method.rounding_progress(progress),
+                channel_dim=self.student.channel_dim(unit, student_out.shape),
+                importance=self.session.importance_of(unit),
+                inner=list(zip(inner, self._teacher_inner(unit, batch), strict=True)) if inner else (),
+                seed=mixed_seed(self.seed, unit, step, self.global_rank),
+                clean=(lambda: self._clean_out(unit, batch)) if self.method.drop and self._drop.active else None,
+            )
+        )
+        return terms
+
+    def _nothing(self) -> Tensor:
+        """The loss of a step that is to change nothing: DDP insists on a gradient of all that it watches."""
+        self._set_rates()
+        return sum((0.0 * parameter.sum() for parameter in self._selection.trained), 0.0 * self.anchor)
+
+    def _clean_out(self, unit: int, batch: Minibatch) -> Tensor:
+        """The unit's output without drop and mixed input, at the Trainer's precision."""
+        x = batch.teacher_in if self.method.input == "fp" else batch.student_in
+        self._drop.active = False
+        try:
+            with self.trainer.precision_plugin.forward_context(), recorded(self.student.units[unit]):
+                out: Tensor = self.student.units[unit](x)
+        finally:
+            self._drop.active = True
+        for q in self._selection.rounded:
+            q.take_rounding()  # the regulariser has read that of the first pass
+        return out
+
+    def _network_terms(self, batch: Minibatch, step: int, progress: float) -> dict[str, Tensor]:
+        fall = cosine(progress)
+        rate = fall * self.network_lr
+        self._set_rates(rounding=fall * self.network_rounding_lr, scales=rate, corrections=rate)
+        head = len(self.student) - 1
+        if self.augment:
+            batch = self._augmented(batch, step)
+        student_out = self.student(batch.student_in, stop=head)
+        terms: dict[str, Tensor] = self.network_objective(
+            UnitBatch(
+                student_out=student_out,
+                channel_dim=self.student.channel_dim(head - 1, student_out.shape),
+                teacher_out=batch.teacher_out,
+                teacher_features=batch.features,
+                teacher_side=self.session.opened,
+                rows=batch.rows,
+                tail=self._tail(self.student, head),
+                student_unit=self.student,
+                unit=0,
+                step=step,
+                progress=progress,
+                changed=bool(self.augment),
+                seed=mixed_seed(self.seed, head + 1, step, self.global_rank),
+            )
+        )
+        return terms
+
+    @torch.no_grad()
+    def _augmented(self, batch: Minibatch, step: int) -> Minibatch:
+        """The batch with changed images, and what the teacher makes of these."""
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, step, self.global_rank))
+        images = self.teacher.laid_out(self.augment(batch.student_in, generator), self.device)
+        with in_float32(self.device):  # as the caches hold the teacher's side
+            head_in = self.teacher(images, stop=len(self.teacher) - 1)
+            out = self.teacher(head_in, start=len(self.teacher) - 1)
+        return Minibatch(images, images, head_in, out, batch.rows)
+
+    def _unit_input(self, batch: Minibatch) -> Tensor:
+        if self.method.input == "fp":
+            return batch.teacher_in
+        keep = self._drop.keep(batch.student_in) if self.method.input == "mix" else None
+        return batch.student_in if keep is None else torch.lerp(batch.teacher_in, batch.student_in, keep)
+
+    def _teacher_inner(self, unit: int, batch: Minibatch) -> list[Tensor]:
+        """What the teacher's unit computes where layers end inside it."""
+        with torch.no_grad(), recorded(self.teacher.units[unit]) as inner:
+            self.teacher.units[unit](batch.teacher_in)
+        return inner
+
+    def _tail(self, chain: Chain, start: int) -> Tail:
+        """The units of `chain` from `start` on, at the Trainer's precision, though terms are computed in float32."""
+
+        def run(x: Tensor, units: int) -> Tensor:
+            with self.trainer.precision_plugin.forward_context():
+                return chain(x, start=start, stop=start + units)  # type: ignore[no-any-return]
+
+        return Tail(run, len(chain) - start, lambda units, shape: chain.channel_dim(start + units - 1, shape))
+
+    def _set_rates(self, **rates: float) -> None:
+        """Learning rates of the named groups, 0 for others; anew at each step, so resuming needs no scheduler."""
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = rates.get(group["name"], 0.0)
+
+    def _log(self, name: str, numbers: dict[str, float]) -> None:
+        """To the loggers at once: `self.log` would wait for a step that `log_every_n_steps` divides."""
+        for logger in self.loggers:
+            logger.log_metrics({f"units/{name}/{key}": value for key, value in numbers.items()}, step=self.global_step)
