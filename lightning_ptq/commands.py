@@ -155,6 +155,11 @@ class Trainer(L.Trainer):
         export = export_pt2 if kind == ".pt2" else export_onnx
         report = export(model, output, images, overwrite=overwrite)
         print(report.text())
+        if model.quant.act_bits == 8 and model.quant.placement == "paper":
+            print(
+                "Its layers compute in float32 between the quantizers. For a runtime's integer kernels calibrate with "
+                "--model.quant.placement hardware --model.quant.weight_symmetric true."
+            )
         if kind == ".pt2":
             try:
                 print(compare_lowered(model, output, images).text())

@@ -6,7 +6,6 @@ import json
 import resource
 import shlex
 import sys
-import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -61,10 +60,6 @@ class RunSummary(Callback):
             }
             self.confusions = confusions(trainer, pl_module)  # type: ignore[arg-type]
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Start the clock."""
-        self._start = time.monotonic()
-
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a folder that holds another run; only now Lightning tells whether a checkpoint is continued."""
         check_run_folder(trainer)
@@ -103,7 +98,7 @@ class RunSummary(Callback):
         skipped = trainer.strategy.reduce(unread, reduce_op="sum").tolist()
         if not trainer.is_global_zero:
             return
-        module.session.wall_seconds["total"] += time.monotonic() - self._start
+        module.stop_clock()
         # What was measured before the last epoch says nothing about the network as it is now.
         measured = self.epoch == trainer.current_epoch - 1
         summary = summarize(module, trainer, self.metrics if measured else {})
