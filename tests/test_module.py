@@ -253,6 +253,18 @@ def test_mixed_precision_keeps_quantizers_in_float32(tmp_path: Path, precision: 
     assert all(p.isfinite().all() for p in quantization_state(module).values())
 
 
+def test_the_network_is_measured_in_float32_at_any_precision(fitted, tmp_path: Path) -> None:
+    module, _, _ = fitted
+    data = tiny_data()
+    plain, mixed = (
+        trainer(tmp_path, precision=precision).validate(module, datamodule=data, verbose=False)[0]
+        for precision in ("32-true", "bf16-mixed")
+    )
+    assert plain == mixed
+    outputs = torch.cat(trainer(tmp_path, precision="bf16-mixed").predict(module, dataloaders=data.val_dataloader()))
+    assert outputs.dtype == torch.float32
+
+
 def test_at_bf16_an_8_bit_quantizer_still_hits_every_integer() -> None:
     q = act_quantizers(tiny_module().student)[0]
     q.set_range(torch.tensor(1.0), torch.tensor(0.0))
