@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -57,7 +61,10 @@ class Steps(QuickName, Evaluation):
         if progress >= 1.0:
             return self._nothing()
         if unit == len(self.student):
-            terms = self._network_terms(batch, batch_idx, progress)
+            # At bfloat16 the whole network, where one rounding leads to others, learns for another one than is
+            # measured; units alone lose nothing by it (`python -m benchmarks.same`).
+            with in_float32(self.device):
+                terms = self._network_terms(batch, batch_idx, progress)
         else:
             terms = self._unit_terms(unit, batch, batch_idx, progress)
         interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -84,7 +91,7 @@ class Steps(QuickName, Evaluation):
                 teacher_features=batch.features,
                 teacher_side=self.session.opened,
                 rows=batch.rows,
-                tail=self._tail(self.teacher, unit + 1),
+                tail=self._tail(self.teacher, unit + 1, self.trainer.precision_plugin.forward_context),
                 student_unit=self.student.units[unit],
                 roundings=[q.take_rounding() for q in self._selection.rounded],
                 unit=unit,
@@ -133,7 +140,7 @@ class Steps(QuickName, Evaluation):
                 teacher_features=batch.features,
                 teacher_side=self.session.opened,
                 rows=batch.rows,
-                tail=self._tail(self.student, head),
+                tail=self._tail(self.student, head, nullcontext),
                 student_unit=self.student,
                 unit=0,
                 step=step,
@@ -166,11 +173,11 @@ class Steps(QuickName, Evaluation):
             self.teacher.units[unit](batch.teacher_in)
         return inner
 
-    def _tail(self, chain: Chain, start: int) -> Tail:
-        """The units of `chain` from `start` on, at the Trainer's precision, though terms are computed in float32."""
+    def _tail(self, chain: Chain, start: int, precision: Callable[[], AbstractContextManager[Any]]) -> Tail:
+        """The units of `chain` from `start` on, at a precision of their own: terms are computed in float32."""
 
         def run(x: Tensor, units: int) -> Tensor:
-            with self.trainer.precision_plugin.forward_context():
+            with precision():
                 return chain(x, start=start, stop=start + units)  # type: ignore[no-any-return]
 
         return Tail(run, len(chain) - start, lambda units, shape: chain.channel_dim(start + units - 1, shape))
