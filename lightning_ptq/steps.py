@@ -61,7 +61,7 @@ class Steps(QuickName, Evaluation):
         if progress >= 1.0:
             return self._nothing()
         if unit == len(self.student):
-            # At bfloat16 the whole network, where one rounding leads to others, learns for another one than is measured.
+            # At bfloat16 the whole network, where a rounding leads to others, learns for another one than is measured.
             with in_float32(self.device):
                 terms = self._network_terms(batch, batch_idx, progress)
         else:
