@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch.loggers.logger import DummyLogger
 
 from lightning_ptq.quantizers import ActQuantizer
 from lightning_ptq.ranges import Histogram
@@ -96,10 +100,27 @@ def test_a_resumed_run_records_what_an_uninterrupted_one_does(tmp_path: Path) ->
     whole, resumed = ((tmp_path / run / "record.json").read_bytes() for run in ("whole", "run"))
     assert resumed == whole
     curves = json.loads(whole)["curves"]
-    assert curves["stem"]["step"] == [2, 4, 6]
+    assert curves["stem"]["step"] == [1, 2, 3, 4, 5, 6]
     assert list(curves) == ["stem", "blocks.0", "blocks.1", "fc", "whole-network"]
-    assert stopped["curves"]["blocks.0"]["step"] == [2]
+    assert stopped["curves"]["blocks.0"]["step"] == [1, 2, 3]
     assert not stopped["confusion"], "what an unfinished network gives was not measured"
+
+
+def test_short_units_are_noted_more_often_than_they_are_logged(tmp_path: Path) -> None:
+    logged: list[int] = []
+
+    class Counting(DummyLogger):
+        def log_metrics(self, metrics: Any, step: int) -> None:
+            logged.extend([step] * ("units/stem/reconstruction" in metrics))
+
+    run = trainer(tmp_path, logger=[Counting()], log_every_n_steps=50, max_steps=45)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PossibleUserWarning)  # fewer steps than the interval
+        run.fit(tiny_module(steps_per_unit=45, network_steps=0), datamodule=tiny_data())
+    curve = json.loads((tmp_path / "record.json").read_text())["curves"]["stem"]
+    assert curve["step"] == [*range(2, 45, 2), 45]
+    assert len(curve["reconstruction"]) == 23
+    assert len(logged) == 1
 
 
 def test_the_confusion_is_what_the_agreement_counts(tmp_path: Path) -> None:
