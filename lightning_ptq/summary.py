@@ -178,6 +178,7 @@ def summarize(module: PTQModule, trainer: L.Trainer, metrics: dict[str, float]) 
         "granularity": module.method.granularity,
         "seed": module.seed,
         "calibration_samples": samples if module.session.image_count is None else module.session.image_count,
+        "images_available": trainer.datamodule.images_available,  # type: ignore[attr-defined]
         "steps_per_unit": module.steps_per_unit,
         "network_steps": module.network_steps,
         "complete": len(module.reports) == len(module.epoch_names),

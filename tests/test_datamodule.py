@@ -167,6 +167,7 @@ def test_an_image_folder_gives_calibration_images_and_labelled_batches(image_fol
     data = folder_data(image_folder, resize=9, crop=8, val_batch_size=3)
     assert data.image_shape == (3, 8, 8)
     assert data.calibration_images().shape == (10, 3, 8, 8)
+    assert data.images_available == 10
     batches = list(data.val_dataloader())
     assert [images.shape[0] for images, _ in batches] == [3, 1]
     assert torch.cat([labels for _, labels in batches]).tolist() == [0, 0, 1, 1]
@@ -312,6 +313,7 @@ def test_the_first_images_of_a_loader_are_taken(make: Any) -> None:
     data = CalibrationDataModule.from_loaders(make(numbered(10)), calibration_samples=6)
     assert data.image_shape in ((1, 2, 2), None)
     assert indices(data.calibration_images()) == [0, 1, 2, 3, 4, 5]
+    assert data.images_available is None, "not read to its end"
     assert data.val_dataloader() == []
 
 
@@ -325,6 +327,7 @@ def test_a_shuffling_loader_gives_the_same_images_each_time() -> None:
     with pytest.warns(UserWarning, match="only 50"):
         first, second = data.calibration_images(), data.calibration_images()
     assert indices(first) == indices(second) != list(range(50))
+    assert data.images_available == 50
 
 
 def test_the_validation_loader_is_used_as_it_is() -> None:
