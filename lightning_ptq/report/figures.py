@@ -113,13 +113,14 @@ def side_by_side(runs: Sequence[Run], names: Sequence[str]) -> Figure | None:
             numbers = values_of(run.summary.get(key) for run in runs)
             axes.barh(rows + shift, numbers, height=0.34, color=colour, label=label)
             for row, value in zip(rows, numbers, strict=True):
-                if not math.isnan(value):
-                    axes.text(max(value, 0), row + shift, f"   {value:.2f}", va="center", fontsize=7.5)
+                if not math.isnan(value):  # at the right edge, where neither bar nor teacher ends
+                    axes.text(0.99, row + shift, f"{value:.2f}", transform=axes.get_yaxis_transform(), ha="right",
+                              va="center", fontsize=7.5)  # fmt: skip
         if teacher is not None:
             for row, value in zip(rows, values_of(run.summary.get(teacher) for run in runs), strict=True):
                 axes.vlines(value, row - 0.4, row + 0.4, color=GREY, linewidth=2)
             axes.plot([], [], color=GREY, linewidth=2, label="teacher")
-        axes.margins(x=0.14)
+        axes.margins(x=0.2)
         axes.set_title(title)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
