@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_ptq.datamodule import CalibrationDataModule, CIFAR10Data, DigitsData, ImageFolderData
+from lightning_ptq.datasets import class_names
 from lightning_ptq.errors import PTQError
 
 
@@ -171,6 +172,13 @@ def test_an_image_folder_gives_calibration_images_and_labelled_batches(image_fol
     batches = list(data.val_dataloader())
     assert [images.shape[0] for images, _ in batches] == [3, 1]
     assert torch.cat([labels for _, labels in batches]).tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("skip_bad_images", [False, True])
+def test_class_folders_name_the_classes(image_folder: Path, skip_bad_images: bool) -> None:
+    data = folder_data(image_folder, skip_bad_images=skip_bad_images)
+    assert class_names(data.val_dataloader()) == ["cat", "dog"]
+    assert class_names(DataLoader(numbered(3))) == class_names([]) == []
 
 
 def test_workers_decode_the_same_images(image_folder: Path) -> None:

@@ -84,6 +84,8 @@ def test_many_classes_keep_their_most_frequent_swaps_only() -> None:
     many = confusion(teacher * 1000 + student, 1000)
     assert many["pairs"] == [[1, 2, 2], [0, 1, 1]]
     assert (many["images"], many["classes"]) == (6, 1000)
+    assert confusion(teacher * 5 + student, 5, list("abcde"))["names"] == list("abcde")
+    assert not confusion(teacher * 5 + student, 5, list("abcd"))["names"], "of four folders, not of five outputs"
 
 
 def test_plain_values_are_what_json_has() -> None:
@@ -124,10 +126,13 @@ def test_short_units_are_noted_more_often_than_they_are_logged(tmp_path: Path) -
 
 
 def test_the_confusion_is_what_the_agreement_counts(tmp_path: Path) -> None:
-    trainer(tmp_path).fit(tiny_module(), datamodule=tiny_data())
+    data = tiny_data()
+    data.val_dataloader().dataset.classes = list("abcde")  # as torchvision's data sets have them
+    trainer(tmp_path).fit(tiny_module(), datamodule=data)
     summary, found = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("summary", "record"))
     for network, key in (("student", "teacher_agreement"), ("nearest", "nearest_agreement")):
         confused = found["confusion"][network]
         same = sum(n for teacher, student, n in confused["pairs"] if teacher == student)
         assert confused["images"] == 30
+        assert confused["names"] == list("abcde")
         assert 100 * same / 30 == pytest.approx(summary[key], abs=1e-4)

@@ -43,7 +43,8 @@ def page_of(run: Run, chosen: Sequence[str] = ()) -> tuple[Page, dict[str, Figur
         Section("Accuracy", "", pictures["result"]),
         Section(
             "Classes that changed",
-            "Images of the validation by the teacher's class and the student's. Coloured is what is not the teacher's.",
+            "Images of the validation by the teacher's class and the student's. Coloured is what is not the teacher's; "
+            "of many classes the most frequent changes.",
             pictures["confusion"],
         ),
         Section(
@@ -68,7 +69,8 @@ def page_of(run: Run, chosen: Sequence[str] = ()) -> tuple[Page, dict[str, Figur
         ),
         Section(
             "Weights",
-            "The layers with the noisiest weights, on their integer grid: 0 is zero, 1 a step of the quantizer.",
+            "The layers with the noisiest weights, on their integer grid: 0 is zero, 1 a step of the quantizer. "
+            "Channels with a zero point of their own reach differently far: all together have more values than one.",
             pictures["weights"],
         ),
         Section(
