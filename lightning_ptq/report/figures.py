@@ -58,7 +58,8 @@ def confusion(run: Run) -> Figure | None:
     networks = [(name, title) for name, title in (("nearest", "nearest"), ("student", "calibrated")) if name in found]
     classes = found[networks[0][0]]["classes"]
     if classes <= FEW_CLASSES:
-        figure = new_figure(2.0 + 0.16 * classes)
+        longest = max(map(len, _names(found[networks[0][0]])))
+        figure = new_figure(min(5.1, 1.9 + 0.16 * classes + 0.09 * longest))  # higher, the width would bound it
         for axes, (name, title) in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
             _matrix(axes, found[name], title)
         return figure
@@ -98,7 +99,7 @@ def _matrix(axes: Axes, found: dict[str, Any], title: str) -> None:
     axes.set(xlabel="student's class", ylabel="teacher's class")
     axes.set_xticks(range(classes), names, rotation=90 if max(map(len, names)) > 2 else 0)
     axes.set_yticks(range(classes), names)
-    axes.set_title(f"{title}: {int(wrong.sum()):,} of {found['images']:,} images changed their class")
+    axes.set_title(f"{title}: {int(wrong.sum()):,} of {found['images']:,} images changed")
     axes.grid(visible=False)
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(length=0)

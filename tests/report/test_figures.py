@@ -39,6 +39,8 @@ def test_classes_have_their_names_or_their_numbers() -> None:
     for given, shown in ((names, ["bird", "cat", "a do…ng name"]), (None, ["0", "1", "2"])):
         figure = figures.confusion(run(confusion=confused(3, pairs, given)))
         assert figure is not None
+        figure.draw_without_rendering()
+        assert all(axes.title.get_window_extent().x1 <= figure.bbox.x1 for axes in figure.axes)
         for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis):
             assert [label.get_text() for label in axis.get_ticklabels()] == shown
 
