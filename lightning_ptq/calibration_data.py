@@ -35,9 +35,15 @@ class CalibrationDataModule(L.LightningDataModule):
         num_workers: worker processes that decode images; 0 decodes in the main process.
         seed: seed of the draw; None takes that of `lightning.seed_everything`, or else 0.
 
+    Attributes:
+        images_available: how many images the draw had to choose from; None before it, or if a loader was not read to
+            its end.
+
     Raises:
         PTQError: a number outside its range.
     """
+
+    images_available: int | None = None
 
     def __init__(
         self,
@@ -173,7 +179,7 @@ class CalibrationDataModule(L.LightningDataModule):
         """Yield (name, sample) for every image that `rank` draws."""
         dataset = self._calibration
         size = len(cast(Sized, dataset))  # `_calibration` has checked it
-        self._warn_if_short(size)
+        self._count(size)
         order = torch.randperm(size, generator=torch.Generator().manual_seed(self.draw_seed))
         drawn = order[: self.calibration_samples][rank::world_size].tolist()
         samples = DataLoader(Subset(dataset, drawn), batch_size=None, num_workers=self.num_workers)
@@ -182,7 +188,9 @@ class CalibrationDataModule(L.LightningDataModule):
             if sample is not None or not isinstance(dataset, Readable):
                 yield file or f"Calibration image {index}", sample
 
-    def _warn_if_short(self, size: int) -> None:
+    def _count(self, size: int) -> None:
+        """Keep how many images there are, and warn where they are too few."""
+        self.images_available = size
         if 0 < size < self.calibration_samples:
             warnings.warn(
                 f"data.calibration_samples={self.calibration_samples}, but there are only {size} calibration images. "
@@ -276,7 +284,7 @@ class _LoaderData(CalibrationDataModule):
                 seen += 1
                 if seen == self.calibration_samples:
                     return
-        self._warn_if_short(seen)
+        self._count(seen)
 
     def val_dataloader(self) -> Any:
         return [] if self._val_loader is None else self._val_loader

@@ -33,7 +33,9 @@ def report_parser() -> CommandParser:
     """Arguments of `report`, which needs neither model nor data nor Trainer."""
     parser = CommandParser(prog=f"{PROGRAM} report", description="Draw the report of a run, or several side by side.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder that a fit has left")
-    parser.add_argument("--output", help="the .html file to write; by default report.html in the folder of the one run")
+    parser.add_argument(
+        "--output", help="the .html file to write; by default report.html, in the run's folder or, of several, here"
+    )
     parser.add_argument(
         "--layers", nargs="+", default=[], metavar="PATTERN", help="layers whose histograms are drawn too"
     )

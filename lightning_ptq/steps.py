@@ -25,6 +25,9 @@ from lightning_ptq.seeds import mixed_seed
 from lightning_ptq.selection import Selection
 from lightning_ptq.session import Session
 
+# Points of a unit's curves in the report, at least, where it has as many steps.
+_POINTS = 20
+
 
 class Steps(QuickName, Evaluation):
     """The part of a `PTQModule` that Lightning calls at every step; it changes nothing but learning rates.
@@ -66,13 +69,7 @@ class Steps(QuickName, Evaluation):
                 terms = self._network_terms(batch, batch_idx, progress)
         else:
             terms = self._unit_terms(unit, batch, batch_idx, progress)
-        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        steps = batch_idx + 1
-        if interval and (steps % interval == 0 or steps == self.trainer.num_training_batches):
-            self.log_dict(terms, prog_bar=True, logger=False)
-            values = {term: float(value.detach()) for term, value in terms.items()}
-            note(self.session.curves, name, steps, values)
-            self._log(name, values)
+        self._tell(name, batch_idx + 1, terms)
         return sum(terms.values(), 0.0 * self.anchor)
 
     def _unit_terms(self, unit: int, batch: Minibatch, step: int, progress: float) -> dict[str, Tensor]:
@@ -185,6 +182,19 @@ class Steps(QuickName, Evaluation):
         """Learning rates of the named groups, 0 for others; anew at each step, so resuming needs no scheduler."""
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = rates.get(group["name"], 0.0)
+
+    def _tell(self, name: str, step: int, terms: dict[str, Tensor]) -> None:
+        """Terms to bar and loggers every `log_every_n_steps`; to the report as often, or `_POINTS` times a unit."""
+        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        steps = int(self.trainer.num_training_batches)
+        logged = interval > 0 and (step % interval == 0 or step == steps)
+        noted = step % max(1, min(interval or steps, steps // _POINTS)) == 0 or step == steps
+        values = {term: float(value.detach()) for term, value in terms.items()} if logged or noted else {}
+        if noted:
+            note(self.session.curves, name, step, values)
+        if logged:
+            self.log_dict(terms, prog_bar=True, logger=False)
+            self._log(name, values)
 
     def _log(self, name: str, numbers: dict[str, float]) -> None:
         """To the loggers at once: `self.log` would wait for a step that `log_every_n_steps` divides."""

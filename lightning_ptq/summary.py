@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_ptq.checks import check_run_folder, run_folder
+from lightning_ptq.datasets import class_names
 from lightning_ptq.files import write_whole
 from lightning_ptq.fingerprint import environment
 from lightning_ptq.front import finite
@@ -153,7 +154,8 @@ def confusions(trainer: L.Trainer, module: PTQModule) -> dict[str, Any]:
         every, counts = [pairs for pairs, _ in gathered], [count for _, count in gathered]
     names = dict.fromkeys(name for pairs in every for name in pairs)
     codes = {name: torch.cat([pairs[name] for pairs in every if name in pairs]) for name in names}
-    return {name: confusion(found, max(counts)) for name, found in codes.items()}
+    called = class_names(trainer.val_dataloaders)
+    return {name: confusion(found, max(counts), called) for name, found in codes.items()}
 
 
 def summarize(module: PTQModule, trainer: L.Trainer, metrics: dict[str, float]) -> dict[str, Any]:
@@ -178,6 +180,7 @@ def summarize(module: PTQModule, trainer: L.Trainer, metrics: dict[str, float]) 
         "granularity": module.method.granularity,
         "seed": module.seed,
         "calibration_samples": samples if module.session.image_count is None else module.session.image_count,
+        "images_available": trainer.datamodule.images_available,  # type: ignore[attr-defined]
         "steps_per_unit": module.steps_per_unit,
         "network_steps": module.network_steps,
         "complete": len(module.reports) == len(module.epoch_names),

@@ -64,8 +64,8 @@ def test_summary_json_has_every_field_and_real_values(fitted) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     assert set(summary) >= {
         "model", "method", "contrastive", "weight_bits", "act_bits", "edges", "placement", "granularity", "seed",
-        "calibration_samples", "steps_per_unit", "teacher_top1", "nearest_top1", "student_top1", "teacher_agreement",
-        "wall_seconds", "peak_rss_bytes", "peak_device_bytes", "units",
+        "calibration_samples", "images_available", "steps_per_unit", "teacher_top1", "nearest_top1", "student_top1",
+        "teacher_agreement", "wall_seconds", "peak_rss_bytes", "peak_device_bytes", "units",
     }  # fmt: skip
     assert (summary["model"], summary["method"], summary["seed"], summary["calibration_samples"]) == (
         "TinyNet", "qdrop", 3, 40,
