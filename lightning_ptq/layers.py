@@ -59,7 +59,7 @@ class ConvTranspose(_ConvTransposeNd):
         return function(x, weight, bias, self.stride, padding, self.output_padding, self.groups, self.dilation)
 
 
-class _Quantized(nn.Module):
+class QuantizedLayer(nn.Module):
     """What quantized layers share: they are made from a float layer and keep its parameters, not copies."""
 
     weight: Tensor
@@ -95,7 +95,7 @@ class _Quantized(nn.Module):
             return torch.addcmul(bias.view(shape), y.float(), q.log_gain.exp().view(shape)).to(y.dtype)
 
 
-class _QuantConv(_Quantized):
+class _QuantConv(QuantizedLayer):
     """What quantized convolutions share."""
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -118,7 +118,7 @@ class QuantConvTranspose(_QuantConv, ConvTranspose):
     """Transposed convolution with quantized weight (O, I/groups, k...). Shape: (N, I, L...) -> (N, O, L'...)."""
 
 
-class QuantLinear(_Quantized, nn.Linear):
+class QuantLinear(QuantizedLayer, nn.Linear):
     """Linear layer with quantized weight (O, I). Shape: (..., I) -> (..., O)."""
 
     channel_dim = -1
@@ -127,7 +127,7 @@ class QuantLinear(_Quantized, nn.Linear):
         return F.linear(x, weight, bias)
 
 
-REGISTRY: dict[type[nn.Module], type[_Quantized]] = {
+REGISTRY: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Conv2d: QuantConv2d,
     nn.Conv1d: QuantConv1d,
     nn.Conv3d: QuantConv3d,
@@ -143,7 +143,7 @@ def is_quantizable(module: nn.Module) -> bool:
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether `module` is such a twin."""
-    return isinstance(module, _Quantized)
+    return isinstance(module, QuantizedLayer)
 
 
 def quantize_layer(module: nn.Module, bits: int, config: QuantConfig, rounding: str = "nearest") -> nn.Module:
@@ -158,6 +158,6 @@ def quantize_layer(module: nn.Module, bits: int, config: QuantConfig, rounding: 
     return REGISTRY[type(module)].from_float(module, quantizer)
 
 
-def quantized_layers(module: nn.Module) -> list[tuple[str, _Quantized]]:
+def quantized_layers(module: nn.Module) -> list[tuple[str, QuantizedLayer]]:
     """(name, layer) of every quantized layer below `module`, in order."""
-    return [(name, m) for name, m in module.named_modules() if isinstance(m, _Quantized)]
+    return [(name, m) for name, m in module.named_modules() if isinstance(m, QuantizedLayer)]

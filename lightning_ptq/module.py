@@ -54,6 +54,7 @@ from lightning_ptq.session import Images, Session, World
 from lightning_ptq.settling import share_taken
 from lightning_ptq.store import CacheType
 from lightning_ptq.surroundings import Surroundings, likely_part, without_classes
+from lightning_ptq.ties import steer_clear
 
 
 class PTQModule(Resuming):
@@ -461,7 +462,10 @@ class PTQModule(Resuming):
         """Judge `unit` if it was not yet, and log what its report says."""
         report = self.session.finish(unit)
         if unit == len(self.epoch_names) - 1:
-            round_biases(self.student, self.chains.layers, everywhere=self.quant.placement == "hardware")
+            hardware = self.quant.placement == "hardware"
+            round_biases(self.student, self.chains.layers, everywhere=hardware)
+            if not hardware:
+                steer_clear(self.student, self.session.images, self.device, lambda x: self._all(x).mean(0))
         if report is not None:
             numbers = {k: v for k, v in report.to_dict().items() if isinstance(v, float)}
             steps = min(self.steps_of(unit), self.trainer.num_training_batches) * share_taken(report.settled_after)

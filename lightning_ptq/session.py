@@ -243,6 +243,12 @@ class Session:
         return run_chunked(self.student, images, world.device, cache.store)
 
     @property
+    def images(self) -> Tensor:
+        """This process's calibration images, those that no step draws last."""
+        assert self._images is not None
+        return self._images
+
+    @property
     def opened(self) -> UnitCache | NetworkCache:
         """The caches of what is calibrated now."""
         assert self.cache is not None

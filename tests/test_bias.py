@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_ptq import CalibrationDataModule, PTQModule, QuantConfig
 from lightning_ptq.layers import quantized_layers
-from lightning_ptq.quantizers import weight_quantizers
+from lightning_ptq.quantizers import act_quantizers, weight_quantizers
 from tests.helpers import tiny_data, tiny_images, tiny_module, trainer
 
 
@@ -57,7 +57,9 @@ def test_nothing_but_biases_changes(tmp_path: Path) -> None:
         if not torch.equal(value, plain.student.state_dict()[name])
     }
     assert different == {"bias_shift"}
-    assert not any(q.bias_shift.any() for q in weight_quantizers(plain.student))
+    # Where nothing is corrected, biases steer clear of ties, less than a thousandth of a step away.
+    moved = max(float(q.bias_shift.abs().max()) for q in weight_quantizers(plain.student))
+    assert moved < 1e-3 * max(float(q.scale) for q in act_quantizers(plain.student))
     summary = json.loads(next((tmp_path / "corrected").rglob("summary.json")).read_text())
     assert summary["units"][-1]["mse_after"] < summary["units"][-1]["mse_before"]
 
