@@ -309,6 +309,8 @@ def test_the_installed_command_says_the_same(
         ("--model.weights=nowhere.pt", r"weights='nowhere.pt' is no file"),
         ("--model.weights=configs", r"weights='configs' is no file"),
         ("--model.model=resnet99", r"model='resnet99' .*Unknown model"),
+        ("--model.model=resnet20", r"Unknown model resnet20\. Did you mean lightning_ptq\.models\.resnet20\? Name"),
+        ("--model.model=resnet-18", r"Did you mean resnet18\?"),
         ("--model.model=lightning_ptq.models.resnet99", r"'lightning_ptq.models.resnet99' can't be imported"),
         ("--model.model=nowhere.resnet", r"'nowhere.resnet' can't be imported"),
         ("--model.model=.resnet", r"'.resnet' can't be imported"),
@@ -358,8 +360,12 @@ class Bomb:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda folder: resnet20().state_dict(), r"do not fit CifarResNet: .*layer1\.1"),
-        (lambda folder: [1, 2, 3], "do not fit CifarResNet"),
+        (
+            lambda folder: resnet20().state_dict(),
+            r"do not fit CifarResNet: 72 unexpected \(layer1\.1\.conv1\.weight, layer1\.1\.bn1\.weight, "
+            r"layer1\.1\.bn1\.bias, \.\.\.\), 2 of another shape \(conv1\.weight, linear\.weight\)\. Give",
+        ),
+        (lambda folder: [1, 2, 3], "do not fit CifarResNet: it holds a list, not a state dict"),
         (lambda folder: torch.zeros(3), "do not fit CifarResNet"),
         (lambda folder: {"epoch": 3}, "do not fit CifarResNet"),
         (lambda folder: {"state_dict": {}, "code": Bomb(folder / "ran")}, "can't be read"),
@@ -392,7 +398,7 @@ def test_a_model_of_torchvision_has_as_many_classes_as_its_weights(tmp_path: Pat
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(network(images), trained.eval()(images))
     torch.save(build_model("resnet34").state_dict(), tmp_path / "other.pt")
-    with pytest.raises(PTQError, match=r"other.pt' do not fit ResNet"):
+    with pytest.raises(PTQError, match=r"other.pt' do not fit ResNet: \d+ unexpected"):
         build_network("resnet18", str(tmp_path / "other.pt"))
 
 
