@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -236,7 +237,7 @@ def test_the_cifar10_configs_run_on_a_folder_of_images(
 def test_plan_tries_eight_bits_with_the_real_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("plan", QUICKSTART)
     printed = capsys.readouterr().out
-    assert "with 8 bits everywhere, rounded to nearest, 64 images: 100.0 % agreement" in printed
+    assert "with 8 bits everywhere, rounded to nearest, 64 of 512 images for a quick look: 100.0 % agreement" in printed
     assert re.search(r"^caches: [\d.]+ MiB at most \(unit 'layer1'\), in host memory; budget half", printed, re.M)
     state = torch.load(ROOT / "lightning_ptq" / "demo" / "digits.pt", weights_only=True)
     state["layer1.0.bn1.weight"][0] *= 1e4
@@ -250,6 +251,33 @@ def test_plan_tries_eight_bits_with_the_real_weights(tmp_path: Path, capsys: pyt
     printed = capsys.readouterr().out
     assert "not tried with 8 bits: weights='nowhere.pt' is no file" in printed
     assert "no fit: cache='host' needs" in printed
+
+
+def test_what_needs_calibration_images_only_goes_without_others_and_says_how_many_there_are(
+    small_images: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There are 8 calibration images of 1024: the plan says so, and what comes later does not say it again."""
+    shutil.rmtree(small_images / "val")
+    options = ["--model.model=lightning_ptq.models.resnet20", f"--model.weights={weights}",
+               "--data=lightning_ptq.ImageFolderData", f"--data.root={small_images}", "--data.resize=null",
+               "--data.crop=32"]  # fmt: skip
+    with pytest.warns(UserWarning, match="only 8 calibration images") as told:
+        main(["plan", *options])
+    assert len([warning for warning in told if "calibration_samples=" in str(warning.message)]) == 1
+    printed = capsys.readouterr().out
+    assert "11 units for 8 calibration images of shape 3x32x32" in printed
+    table = [float(mib) for mib in re.findall(r"^ +\d+  \S+ +\S+ +[\d,]+ +([\d.]+)$", printed, re.MULTILINE)]
+    images, output = 8 * 3 * 32**2 * 4 / 2**20, 8 * 16 * 32**2 * 4 / 2**20
+    most = float(re.findall(r"^caches: ([\d.]+) MiB at most", printed, re.MULTILINE)[0])
+    assert most == pytest.approx(max(table) + images + output, abs=0.11)
+    assert "with the images and, where a unit ends, its output once more" in printed
+    assert "rounded to nearest, 8 images: " in printed
+    main(["compare", "float", "float", *options])
+    printed = capsys.readouterr().out
+    assert "no validation images: compared on those of calibration" in printed
+    assert "8 images: 100.00 % of classes agree" in printed
+    with pytest.raises(PTQError, match="has no folder 'val'"):
+        main(["fit", *options, f"--trainer.default_root_dir={tmp_path / 'run'}"])
 
 
 @pytest.mark.parametrize("config", IMAGENET, ids=lambda path: path.stem)
