@@ -291,12 +291,14 @@ def test_validation_needs_no_labels(tmp_path: Path) -> None:
     assert summary["teacher_agreement"] is not None
 
 
-def test_no_validation_at_all_still_finishes(tmp_path: Path) -> None:
+def test_no_validation_at_all_still_finishes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = tiny_module()
     data = CalibrationDataModule.from_loaders(tiny_images().split(16), calibration_samples=40)
     trainer(tmp_path).fit(module, datamodule=data)
     assert len(module.reports) == 5
-    assert json.loads((tmp_path / "summary.json").read_text())["teacher_agreement"] is None
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["teacher_agreement"] is None
+    assert f"on those of calibration {summary['calibration_agreement']:.2f} % agreement" in capsys.readouterr().out
 
 
 def test_weight_quantizers_hold_hard_rounding_in_the_end(fitted) -> None:
