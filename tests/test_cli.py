@@ -222,9 +222,22 @@ def test_the_configs_are_all_covered_here() -> None:
     assert IMAGENET
 
 
-def test_the_quickstart_runs_as_it_is(tmp_path: Path) -> None:
+def test_the_quickstart_runs_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     run("fit", QUICKSTART, "--trainer.fast_dev_run=true", f"--trainer.default_root_dir={tmp_path}")
+    assert "Trainable params" not in capsys.readouterr().out + caplog.text
     assert not list(tmp_path.iterdir()), "fast_dev_run leaves nothing behind"
+
+
+def test_lightnings_table_of_the_model_is_there_for_who_asks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = ("--trainer.enable_model_summary=true", "--trainer.callbacks=lightning.pytorch.callbacks.ModelSummary")
+    for option in asked:
+        run("fit", QUICKSTART, "--trainer.fast_dev_run=true", f"--trainer.default_root_dir={tmp_path}", option)
+        assert "Trainable params" in capsys.readouterr().out + caplog.text
+        caplog.clear()
 
 
 @pytest.mark.parametrize("config", CIFAR10, ids=lambda path: path.stem)

@@ -301,6 +301,12 @@ def test_no_validation_at_all_still_finishes(tmp_path: Path, capsys: pytest.Capt
     assert f"on those of calibration {summary['calibration_agreement']:.2f} % agreement" in capsys.readouterr().out
 
 
+def test_one_step_for_what_learns_nothing_is_no_warning(tmp_path: Path) -> None:
+    module = tiny_module(method="nearest")
+    trainer(tmp_path, log_every_n_steps=50).fit(module, datamodule=tiny_data())  # warnings are errors
+    assert len(module.reports) == 4
+
+
 def test_weight_quantizers_hold_hard_rounding_in_the_end(fitted) -> None:
     module, _, _ = fitted
     for q in weight_quantizers(module.student):
