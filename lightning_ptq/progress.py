@@ -16,6 +16,10 @@ from lightning_ptq.calibration import UnitReport
 if TYPE_CHECKING:
     from lightning_ptq.module import PTQModule
 
+# A step of the whole network in steps of every unit together: 0.8 and 0.6 for ResNet-20 and ResNet-18, 0.5 and 0.4 where
+# units have the contrastive term (docs/performance.md and the quickstart).
+_NETWORK_STEP = 0.6
+
 
 def can_draw() -> bool:
     """Whether standard output is a terminal that moves its cursor, or a notebook."""
@@ -42,17 +46,17 @@ def current_terms(trainer: L.Trainer, metrics: dict[str, Any]) -> dict[str, Any]
     return {key: value for key, value in metrics.items() if key not in stale}
 
 
-def steps_left(trainer: L.Trainer, begins: bool = False) -> tuple[int, int]:
-    """Steps that are left of the epoch in progress, and of all epochs after it.
+def steps_left(trainer: L.Trainer, begins: bool = False) -> tuple[int, float]:
+    """Steps that are left of the epoch in progress, and of all epochs after it, in steps of a unit.
 
-    Of the whole network's, each counts as one of every unit. An epoch that `begins` has no pace yet: it comes later.
+    An epoch that `begins` has no pace yet: it counts as one after.
     """
     module: PTQModule = trainer.lightning_module  # type: ignore[assignment]
-    limit, units, later = trainer.limit_train_batches, len(module.student), 0
+    limit, units, later = trainer.limit_train_batches, len(module.student), 0.0
     for epoch in range(trainer.current_epoch + (not begins), trainer.max_epochs or 0):
         steps = module.steps_of(epoch)
         steps = int(steps * limit) if isinstance(limit, float) else min(steps, limit)
-        later += steps * units if epoch == units else steps
+        later += steps * units * _NETWORK_STEP if epoch == units else steps
     return 0 if begins else int(trainer.num_training_batches) - trainer.fit_loop.batch_idx - 1, later
 
 
@@ -77,7 +81,7 @@ class Pace:
         """Since that start; 0 before a step is done."""
         return (self.now - since[0]) / (self.steps - since[1]) if self.steps > since[1] else 0.0
 
-    def left(self, unit_steps: int, later_steps: int) -> float:
+    def left(self, unit_steps: int, later_steps: float) -> float:
         """Seconds that the unit's steps and those after it will take: its own pace, and that of the run so far."""
         return unit_steps * self.seconds_per_step(self.unit) + later_steps * self.seconds_per_step(self.run)
 
