@@ -16,8 +16,8 @@ from lightning_ptq.calibration import UnitReport
 if TYPE_CHECKING:
     from lightning_ptq.module import PTQModule
 
-# A step of the whole network in steps of every unit together: 0.8 and 0.6 for ResNet-20 and ResNet-18, 0.5 and 0.4 where
-# units have the contrastive term (docs/performance.md and the quickstart).
+# A step of the whole network, in steps of all units together: 0.8 for ResNet-20, 0.6 for ResNet-18, 0.5 where units
+# have the contrastive term (docs/performance.md).
 _NETWORK_STEP = 0.6
 
 
