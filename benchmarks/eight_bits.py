@@ -30,7 +30,7 @@ COLUMNS = ("model", "agreement", "sqnr_db", "classes", "warned", "seconds", "cau
 WIDTHS = dict(zip(COLUMNS, (22, 9, 8, 8, 7, 8, 1), strict=True))
 IMAGES = 64
 # Pixels of a side, where 64 are too few or the model is made for a number of its own.
-SIZES = {"inception_v3": 96, "maxvit_t": 224, "vit_b_32": 96, "vit_l_32": 96, "vit_h_14": 112}
+SIZES = {"inception_v3": 96, "maxvit_t": 224, "vit_b_32": 96, "vit_l_32": 96, "vit_h_14": 56}
 
 
 def crops(count: int, size: int, seed: int) -> Tensor:

@@ -1,11 +1,12 @@
 """Does an exported model do what the simulation did? `python -m benchmarks.parity --root FOLDER`.
 
 ResNet-20 with its trained weights, and networks of torchvision at 8 bits: briefly trained on the shared images
-(`--trained FOLDER`, which keeps the weights), or untrained with the batch-norm statistics of real crops. All are
-rounded to nearest, exported to ONNX and to a program of PyTorch, and run on other images. Printed are the classes that
-agree with the simulation, the signal-to-noise ratio, that of the simulation itself when it is computed in double
-precision (if 40 dB or 99.9 % were missed), whether the export passes, the file's size relative to that of the float
-network, and the seconds and the peak memory of the export (each row is a process of its own).
+(`--trained FOLDER`, which keeps the weights), or untrained with the batch-norm statistics of real crops. ResNet-20 is
+calibrated with qdrop, the others are rounded to nearest; then they are exported to ONNX and to a program of PyTorch and
+run on other images. Printed are the classes that agree with the simulation, the signal-to-noise ratio, that of the
+simulation itself when it is computed in double precision (if 40 dB or 99.9 % were missed), whether the export passes,
+the file's size relative to that of the float network, and the seconds and the peak memory of the export (each row is a
+process of its own).
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def go(name: str, bits: str, placement: Any, root: Path, images: int, weights: P
     warnings.simplefilter("ignore")
     model, seen, others = network(name, root, images, weights)
     quant = ptq.QuantConfig(int(bits[1]), int(bits[3]), placement=placement, weight_symmetric=placement == "hardware")
-    module = ptq.PTQModule(model, quant, "nearest", batch_size=8, seed=0, report=False)
+    method: Any = "qdrop" if name == "resnet20" else "nearest"
+    module = ptq.PTQModule(model, quant, method, steps_per_unit=100, batch_size=8, seed=0, report=False)
     with tempfile.TemporaryDirectory() as folder:
         data = ptq.CalibrationDataModule.from_loaders([seen], calibration_samples=len(seen))
         calibrate(module, data, folder)

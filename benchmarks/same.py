@@ -4,8 +4,8 @@
     python -m benchmarks.same --bits w4a4 --seeds 0 1 2 --variants plain threads
 
 ResNet-20, qdrop. Numbers of threads sum in another order and numbers of processes draw other batches (of the same 32
-images together), so that no two are bit-equal; precisions round otherwise. The table has each variant's top-1 and its
-difference from the plain run of the same seed: mean, standard error.
+images together), so that no two are bit-equal; precisions round otherwise. The table has each variant's top-1 and
+agreement with the teacher, and their differences from the plain run of the same seed: mean, standard error.
 """
 
 from __future__ import annotations
@@ -75,22 +75,22 @@ def go(variant: str, bits: str, steps: int, seed: int, root: Path) -> dict[str, 
 
 
 def table(rows: list[dict[str, str]], bits: str, variants: list[str], seeds: list[int]) -> list[str]:
-    """A line for each variant: mean and standard deviation of top-1, the difference from "plain" and its error."""
-
-    def top1(variant: str) -> list[float]:
-        found = {(row["variant"], int(row["seed"])): float(row["student_top1"]) for row in rows if row["bits"] == bits}
-        return [found[variant, seed] for seed in seeds]
+    """A line for each variant: top-1 and agreement, the difference of each from "plain" and its error."""
 
     def spread(values: list[float]) -> float:
         return statistics.stdev(values) if len(values) > 1 else float("nan")
 
     lines = []
     for variant in variants:
-        values, plain = top1(variant), top1("plain")
-        differences = [a - b for a, b in zip(values, plain, strict=True)]
-        error = spread(differences) / len(seeds) ** 0.5
-        what = f"{statistics.mean(values):6.2f} +- {spread(values):.2f}"
-        lines.append(f"{bits} {variant:<15} {what}   {statistics.mean(differences):+6.2f} +- {error:.2f}")
+        told = []
+        for measure in ("student_top1", "agreement"):
+            found = {(r["variant"], int(r["seed"])): float(r[measure]) for r in rows if r["bits"] == bits}
+            values = [found[variant, seed] for seed in seeds]
+            differences = [value - found["plain", seed] for value, seed in zip(values, seeds, strict=True)]
+            what = f"{statistics.mean(values):6.2f} +- {spread(values):.2f}"
+            error = spread(differences) / len(seeds) ** 0.5
+            told.append(f"{what}  {statistics.mean(differences):+5.2f} +- {error:.2f}")
+        lines.append(f"{bits} {variant:<15} " + "   ".join(told))
     return lines
 
 
@@ -108,7 +108,9 @@ def main() -> None:
         print(json.dumps(go(*json.loads(args.one), args.root)))
         return
     variants = list(dict.fromkeys(["plain", *args.variants]))
-    print(f"top-1, {args.steps} steps, {len(args.seeds)} seeds; difference from plain")
+    print(
+        f"{args.steps} steps, {len(args.seeds)} seeds: top-1, difference from plain; agreement, difference from plain"
+    )
     for bits in args.bits:
         for variant in variants:
             for seed in args.seeds:

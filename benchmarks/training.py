@@ -14,7 +14,7 @@ from lightning_ptq import ImageFolderData
 
 # torchvision's networks learn the shared images at so many pixels, for so many epochs (0: as they are).
 SIZE = 64
-EPOCHS = {"resnet18": 12, "mobilenet_v2": 20, "efficientnet_b0": 20, "vit_b_16": 1}
+EPOCHS = {"resnet18": 12, "mobilenet_v2": 20, "efficientnet_b0": 40, "vit_b_16": 1}
 
 
 def train(

@@ -37,9 +37,15 @@ class CalibrationDataModule(L.LightningDataModule):
         num_workers: worker processes that decode images; 0 decodes in the main process.
         seed: seed of the draw; None takes that of `lightning.seed_everything`, or else 0.
 
+    Attributes:
+        images_available: how many images the draw had to choose from; None before it, or if a loader was not read to
+            its end.
+
     Raises:
         PTQError: a number outside its range.
     """
+
+    images_available: int | None = None
 
     def __init__(
         self,
@@ -180,7 +186,7 @@ class CalibrationDataModule(L.LightningDataModule):
         """Yield (name, sample) for every image that `rank` draws."""
         dataset = self._calibration
         size = len(cast(Sized, dataset))  # `_calibration` has checked it
-        self._warn_if_short(size, rank)
+        self._count(size, warn=rank == 0)
         order = torch.randperm(size, generator=torch.Generator().manual_seed(self.draw_seed))
         drawn = order[: self.calibration_samples][rank::world_size].tolist()
         samples = DataLoader(Subset(dataset, drawn), batch_size=None, num_workers=self.num_workers)
@@ -189,8 +195,10 @@ class CalibrationDataModule(L.LightningDataModule):
             if sample is not None or not isinstance(dataset, Readable):
                 yield file or f"Calibration image {index}", sample
 
-    def _warn_if_short(self, size: int, rank: int) -> None:
-        if 0 < size < self.calibration_samples and rank == 0:
+    def _count(self, size: int, warn: bool) -> None:
+        """Keep how many images there are, and `warn` where they are too few."""
+        self.images_available = size
+        if warn and 0 < size < self.calibration_samples:
             warnings.warn(
                 f"data.calibration_samples={self.calibration_samples}, but there are only {size} calibration images. "
                 "All are used; more images or a smaller number silence this.",
@@ -287,8 +295,7 @@ class _LoaderData(CalibrationDataModule):
                 seen += 1
                 if seen == self.calibration_samples:
                     return
-        if self.calibration_samples != _SAMPLES:
-            self._warn_if_short(seen, rank)
+        self._count(seen, warn=rank == 0 and self.calibration_samples != _SAMPLES)
 
     def val_dataloader(self) -> Any:
         return [] if self._val_loader is None else self._val_loader

@@ -36,6 +36,7 @@ class UnitCheckpoint(ModelCheckpoint):
         super().__init__(
             save_top_k=0, save_last=True, every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False
         )
+        self._saved = False
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Save where the loop ends by max_steps, max_time or a signal, since after it the epoch counts as done, and
@@ -51,7 +52,13 @@ class UnitCheckpoint(ModelCheckpoint):
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             self._save(trainer)
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save once where a run that was done already is continued: every run folder has its checkpoint."""
+        if not self._saved:
+            self._save(trainer)
+
     def _save(self, trainer: L.Trainer) -> None:
+        self._saved = True
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if fitting and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

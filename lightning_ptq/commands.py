@@ -35,7 +35,9 @@ def report_parser() -> CommandParser:
     """Arguments of `report`, which needs neither model nor data nor Trainer."""
     parser = CommandParser(prog=f"{PROGRAM} report", description="Draw the report of a run, or several side by side.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder that a fit has left")
-    parser.add_argument("--output", help="the .html file to write; by default report.html in the folder of the one run")
+    parser.add_argument(
+        "--output", help="the .html file to write; by default report.html, in the run's folder or, of several, here"
+    )
     parser.add_argument(
         "--layers", nargs="+", default=[], metavar="PATTERN", help="layers whose histograms are drawn too"
     )
@@ -156,6 +158,11 @@ class Trainer(L.Trainer):
         export = export_pt2 if kind == ".pt2" else export_onnx
         report = export(model, output, images, overwrite=overwrite)
         print(report.text())
+        if model.quant.act_bits == 8 and model.quant.placement == "paper":
+            print(
+                "Its layers compute in float32 between the quantizers. For a runtime's integer kernels calibrate with "
+                "--model.quant.placement hardware --model.quant.weight_symmetric true."
+            )
         if kind == ".pt2":
             try:
                 print(compare_lowered(model, output, images).text())

@@ -33,11 +33,13 @@ class Artifact:
     Attributes:
         name: the file, or "float".
         size: bytes of the file, or of the model's state.
+        runtime: what runs it.
         run: images (N, C, H, W) -> output, on the CPU.
     """
 
     name: str
     size: int
+    runtime: str
     run: Callable[[Tensor], Tensor]
 
 
@@ -48,11 +50,13 @@ class Side:
     Attributes:
         size: bytes.
         top1: percent of images (or pixels) with the labelled class; None without labels.
-        milliseconds: median time of one image by itself, the two taking turns.
+        milliseconds: median time of one image by itself, the two taking turns; it says something of the networks only
+            where both have the same runtime.
     """
 
     name: str
     size: int
+    runtime: str
     top1: float | None
     milliseconds: float
 
@@ -76,10 +80,13 @@ class Comparison:
         """A table, a row for each of the two, and a line on both."""
         sides = (self.first, self.second)
         width = max(len(side.name) for side in sides)
-        rows = [f"{'':<{width}}  {'bytes':>13}  {'top-1 %':>8}  {'ms an image':>11}"]
+        rows = [f"{'':<{width}}  {'bytes':>13}  {'top-1 %':>8}  {'ms an image':>11}  in"]
         for side in sides:
             top1 = "-" if side.top1 is None else f"{side.top1:.2f}"
-            rows.append(f"{side.name:<{width}}  {side.size:>13,}  {top1:>8}  {side.milliseconds:>11.2f}")
+            numbers = f"{side.size:>13,}  {top1:>8}  {side.milliseconds:>11.2f}"
+            rows.append(f"{side.name:<{width}}  {numbers}  {side.runtime}")
+        if self.first.runtime != self.second.runtime:
+            rows.append("Times are of two runtimes: they do not tell which network is faster.")
         same = "" if self.agreement is None else f"{self.agreement:.2f} % of classes agree, "
         return "\n".join([*rows, f"{self.images} images: {same}SQNR {self.sqnr_db:.1f} dB"])
 
@@ -116,15 +123,15 @@ def open_artifact(name: str, model: nn.Module | None = None) -> Artifact:
     if kind != FLOAT and not path.is_file():
         raise PTQError(f"{name!r} is no file, seen from {str(Path.cwd())!r}.")
     if kind in (".onnx", ".pt2"):
-        return Artifact(name, path.stat().st_size, _runtime(path))
+        runtime = "ONNX Runtime" if kind == ".onnx" else "PyTorch"
+        return Artifact(name, path.stat().st_size, runtime, _runtime(path))
     if model is None:
         raise PTQError(f"{name!r} needs the model's code, and none is given. Give the model, or the run's config.")
     if kind == FLOAT:
         size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-        return Artifact(name, size, _module(model.eval()))
-    if kind == ".ptq":
-        return Artifact(name, path.stat().st_size, _module(load_packed(path, model)))
-    return Artifact(name, path.stat().st_size, _module(PTQModule.load_from_checkpoint(path, model=model)))
+        return Artifact(name, size, "PyTorch", _module(model.eval()))
+    loaded = load_packed(path, model) if kind == ".ptq" else PTQModule.load_from_checkpoint(path, model=model)
+    return Artifact(name, path.stat().st_size, "PyTorch, simulated", _module(loaded))
 
 
 def _runtime(path: Path) -> Callable[[Tensor], Tensor]:
@@ -184,7 +191,7 @@ def compare(first: Artifact, second: Artifact, batches: Iterable[Any]) -> Compar
         raise PTQError("there are no images to compare on. Give validation or calibration images.")
     times = alternately([side.run for side in sides], one)
     measured = zip(sides, rates, times, strict=True)
-    left, right = (Side(side.name, side.size, _percent(rate), time) for side, rate, time in measured)
+    left, right = (Side(side.name, side.size, side.runtime, _percent(rate), time) for side, rate, time in measured)
     return Comparison(left, right, count, _percent(agreement), float(sqnr.compute()))
 
 

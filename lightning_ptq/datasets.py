@@ -156,6 +156,16 @@ def labelled_images(folder: str | Path, transform: Callable[[Image.Image], Tenso
         ) from error
 
 
+def class_names(loader: Any) -> list[str]:
+    """Names of the classes that a loader's labels count, as torchvision's data sets have them; none of others."""
+    dataset = loader
+    while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):  # as in a Subset or a Readable
+        dataset = dataset.dataset
+    found = getattr(dataset, "classes", None)
+    names = found if isinstance(found, list | tuple) else []
+    return [str(name[0] if isinstance(name, tuple) else name) for name in names]  # ImageNet's have synonyms
+
+
 def cifar10(root: str | Path, *, train: bool, mean: Sequence[float], std: Sequence[float]) -> Dataset[Any]:
     """CIFAR-10 in its original format, normalised. Raises `PTQError` if `root` does not hold it."""
     try:

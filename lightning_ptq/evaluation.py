@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_ptq.errors import PTQError
+from lightning_ptq.functional import in_float32
 from lightning_ptq.graph import Chain
 from lightning_ptq.metrics import MEASURES, NO_LABEL, classes, has_scores
 from lightning_ptq.quantizers import initial_ranges, weight_quantizers
@@ -51,7 +52,14 @@ class Evaluation(L.LightningModule):
         return self
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Teacher, round-to-nearest and student on one batch of images, with or without labels."""
+        """Teacher, round-to-nearest and student on one batch of images, with or without labels.
+
+        In float32 whatever precision calibrates: what is exported computes so.
+        """
+        with in_float32(self.device):
+            self._look_at(batch)
+
+    def _look_at(self, batch: Any) -> None:
         images, labels = images_and_labels(batch)
         run, whole = self._comparison(images)
         outputs = {"teacher": run(self.teacher)}
@@ -133,7 +141,8 @@ class Evaluation(L.LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         """The quantized model's output for one batch of images."""
-        return self(images_and_labels(batch)[0])
+        with in_float32(self.device):
+            return self(images_and_labels(batch)[0])
 
     def _measure(self, name: str, result: Tensor, reference: Tensor) -> None:
         metric = self.rates[name]

@@ -42,6 +42,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Versions, device and threads: with the same of all, a run gives the same bits again."""
     cuda = device.type == "cuda"
     return {
+        "lightning_ptq": VERSION,
         "python": platform.python_version(),
         "torch": torch.__version__,
         **{name: version(name) for name in ("torchvision", "lightning")},

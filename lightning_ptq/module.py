@@ -284,6 +284,7 @@ class PTQModule(Resuming):
         """Refuse what can't work and fit the Trainer to the chain before anything long starts."""
         if stage != "fit":
             return
+        self._began = time.monotonic()
         check_trainer(self.trainer)
         without_profiler(self.trainer)
         check_device(self.trainer.strategy.root_device)

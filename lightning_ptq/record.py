@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -126,11 +126,12 @@ def weight_record(weight: Tensor, q: WeightQuantizer) -> dict[str, Any]:
     }
 
 
-def confusion(codes: Tensor, classes: int) -> dict[str, Any]:
+def confusion(codes: Tensor, classes: int, names: Sequence[str] = ()) -> dict[str, Any]:
     """How often which class of the teacher's became which of the student's.
 
     Args:
         codes: teacher's class * classes + student's class of every image, (N,).
+        names: of the classes; as many as there are classes, or they are others'.
 
     Returns:
         `pairs` of (teacher's class, student's class, images): all of them for a few classes; for many the most frequent
@@ -140,7 +141,12 @@ def confusion(codes: Tensor, classes: int) -> dict[str, Any]:
     pairs = [(code // classes, code % classes, n) for code, n in zip(values.tolist(), counts.tolist(), strict=True)]
     if classes > FEW_CLASSES:
         pairs = sorted((pair for pair in pairs if pair[0] != pair[1]), key=lambda pair: (-pair[2], *pair))[:_SWAPS]
-    return {"classes": classes, "images": len(codes), "pairs": [list(pair) for pair in pairs]}
+    return {
+        "classes": classes,
+        "names": list(names) if len(names) == classes else [],
+        "images": len(codes),
+        "pairs": [list(pair) for pair in pairs],
+    }
 
 
 def record(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from dataclasses import asdict
 from typing import Any
+
+from lightning.pytorch.trainer.states import TrainerStatus
 
 from lightning_ptq.checkpoint import checked_checkpoint
 from lightning_ptq.config import QuantConfig
@@ -40,9 +43,18 @@ class Resuming(Steps):
     held_out: float
     settle: float
     _built: dict[str, Any]
+    _began: float
+
+    def stop_clock(self) -> None:
+        """Add what has passed since the fit began, or since this was called, to the run's seconds."""
+        now = time.monotonic()
+        self.session.wall_seconds["total"] += now - self._began
+        self._began = now
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave all that is frozen out; add what identifies the run and what is known of the finished units."""
+        if self.trainer.state.fn == "fit" and self.trainer.state.status == TrainerStatus.RUNNING:
+            self.stop_clock()
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith(FROZEN)}
         checkpoint["lightning_ptq"] = {

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +24,9 @@ from lightning_ptq.record import note
 from lightning_ptq.seeds import mixed_seed
 from lightning_ptq.selection import Selection
 from lightning_ptq.session import Session
+
+# Points of a unit's curves in the report, at least, where it has as many steps.
+_POINTS = 20
 
 
 class Steps(QuickName, Evaluation):
@@ -57,16 +64,12 @@ class Steps(QuickName, Evaluation):
         if progress >= 1.0:
             return self._nothing()
         if unit == len(self.student):
-            terms = self._network_terms(batch, batch_idx, progress)
+            # At bfloat16 the whole network, where a rounding leads to others, learns for another one than is measured.
+            with in_float32(self.device):
+                terms = self._network_terms(batch, batch_idx, progress)
         else:
             terms = self._unit_terms(unit, batch, batch_idx, progress)
-        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        steps = batch_idx + 1
-        if interval and (steps % interval == 0 or steps == self.trainer.num_training_batches):
-            self.log_dict(terms, prog_bar=True, logger=False)
-            values = {term: float(value.detach()) for term, value in terms.items()}
-            note(self.session.curves, name, steps, values)
-            self._log(name, values)
+        self._tell(name, batch_idx + 1, terms)
         return sum(terms.values(), 0.0 * self.anchor)
 
     def _unit_terms(self, unit: int, batch: Minibatch, step: int, progress: float) -> dict[str, Tensor]:
@@ -84,7 +87,7 @@ class Steps(QuickName, Evaluation):
                 teacher_features=batch.features,
                 teacher_side=self.session.opened,
                 rows=batch.rows,
-                tail=self._tail(self.teacher, unit + 1),
+                tail=self._tail(self.teacher, unit + 1, self.trainer.precision_plugin.forward_context),
                 student_unit=self.student.units[unit],
                 roundings=[q.take_rounding() for q in self._selection.rounded],
                 unit=unit,
@@ -133,7 +136,7 @@ class Steps(QuickName, Evaluation):
                 teacher_features=batch.features,
                 teacher_side=self.session.opened,
                 rows=batch.rows,
-                tail=self._tail(self.student, head),
+                tail=self._tail(self.student, head, nullcontext),
                 student_unit=self.student,
                 unit=0,
                 step=step,
@@ -166,11 +169,11 @@ class Steps(QuickName, Evaluation):
             self.teacher.units[unit](batch.teacher_in)
         return inner
 
-    def _tail(self, chain: Chain, start: int) -> Tail:
-        """The units of `chain` from `start` on, at the Trainer's precision, though terms are computed in float32."""
+    def _tail(self, chain: Chain, start: int, precision: Callable[[], AbstractContextManager[Any]]) -> Tail:
+        """The units of `chain` from `start` on, at a precision of their own: terms are computed in float32."""
 
         def run(x: Tensor, units: int) -> Tensor:
-            with self.trainer.precision_plugin.forward_context():
+            with precision():
                 return chain(x, start=start, stop=start + units)  # type: ignore[no-any-return]
 
         return Tail(run, len(chain) - start, lambda units, shape: chain.channel_dim(start + units - 1, shape))
@@ -179,6 +182,19 @@ class Steps(QuickName, Evaluation):
         """Learning rates of the named groups, 0 for others; anew at each step, so resuming needs no scheduler."""
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = rates.get(group["name"], 0.0)
+
+    def _tell(self, name: str, step: int, terms: dict[str, Tensor]) -> None:
+        """Terms to bar and loggers every `log_every_n_steps`; to the report as often, or `_POINTS` times a unit."""
+        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        steps = int(self.trainer.num_training_batches)
+        logged = interval > 0 and (step % interval == 0 or step == steps)
+        noted = step % max(1, min(interval or steps, steps // _POINTS)) == 0 or step == steps
+        values = {term: float(value.detach()) for term, value in terms.items()} if logged or noted else {}
+        if noted:
+            note(self.session.curves, name, step, values)
+        if logged:
+            self.log_dict(terms, prog_bar=True, logger=False)
+            self._log(name, values)
 
     def _log(self, name: str, numbers: dict[str, float]) -> None:
         """To the loggers at once: `self.log` would wait for a step that `log_every_n_steps` divides."""

@@ -6,7 +6,6 @@ import json
 import resource
 import shlex
 import sys
-import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_ptq.checks import check_run_folder, run_folder
+from lightning_ptq.datasets import class_names
 from lightning_ptq.files import write_whole
 from lightning_ptq.fingerprint import environment
 from lightning_ptq.front import finite
@@ -63,10 +63,6 @@ class RunSummary(Callback):
             }
             self.confusions = confusions(trainer, pl_module)  # type: ignore[arg-type]
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Start the clock."""
-        self._start = time.monotonic()
-
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a folder that holds another run; only now Lightning tells whether a checkpoint is continued."""
         check_run_folder(trainer)
@@ -105,7 +101,7 @@ class RunSummary(Callback):
         skipped = trainer.strategy.reduce(unread, reduce_op="sum").tolist()
         if not trainer.is_global_zero:
             return
-        module.session.wall_seconds["total"] += time.monotonic() - self._start
+        module.stop_clock()
         # What was measured before the last epoch says nothing about the network as it is now.
         measured = self.epoch == trainer.current_epoch - 1
         summary = summarize(module, trainer, self.metrics if measured else {})
@@ -161,7 +157,8 @@ def confusions(trainer: L.Trainer, module: PTQModule) -> dict[str, Any]:
         every, counts = [pairs for pairs, _ in gathered], [count for _, count in gathered]
     names = dict.fromkeys(name for pairs in every for name in pairs)
     codes = {name: torch.cat([pairs[name] for pairs in every if name in pairs]) for name in names}
-    return {name: confusion(found, max(counts)) for name, found in codes.items()}
+    called = class_names(trainer.val_dataloaders)
+    return {name: confusion(found, max(counts), called) for name, found in codes.items()}
 
 
 def summarize(module: PTQModule, trainer: L.Trainer, metrics: dict[str, float]) -> dict[str, Any]:
@@ -186,6 +183,7 @@ def summarize(module: PTQModule, trainer: L.Trainer, metrics: dict[str, float]) 
         "granularity": module.method.granularity,
         "seed": module.seed,
         "calibration_samples": samples if module.session.image_count is None else module.session.image_count,
+        "images_available": trainer.datamodule.images_available,  # type: ignore[attr-defined]
         "steps_per_unit": module.steps_per_unit,
         "network_steps": module.network_steps,
         "complete": len(module.reports) == len(module.epoch_names),

@@ -26,6 +26,7 @@ from lightning_ptq.models import digits_net, resnet20
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 CIFAR10 = sorted((ROOT / "configs" / "cifar10").glob("*.yaml"))
+PAPER = ROOT / "configs" / "paper.yaml"
 IMAGENET = sorted((ROOT / "configs" / "imagenet").glob("*.yaml"))
 
 
@@ -217,7 +218,7 @@ def small_fit(config: Path, folder: Path, *args: object) -> None:
 
 
 def test_the_configs_are_all_covered_here() -> None:
-    assert {QUICKSTART, *CIFAR10, *IMAGENET} == set((ROOT / "configs").rglob("*.yaml"))
+    assert {QUICKSTART, PAPER, *CIFAR10, *IMAGENET} == set((ROOT / "configs").rglob("*.yaml"))
     assert CIFAR10
     assert IMAGENET
 
@@ -245,6 +246,15 @@ def test_the_cifar10_configs_run_on_a_folder_of_images(
     config: Path, small_images: Path, weights: Path, tmp_path: Path
 ) -> None:
     small_fit(config, tmp_path / "run", f"--data.root={small_images}", f"--model.weights={weights}")
+
+
+def test_the_papers_settings_take_the_place_of_another_config_s(tmp_path: Path) -> None:
+    quickstart(tmp_path, "--config", PAPER, "--model.steps_per_unit=5", "--model.method=brecq")
+    summary = json.loads(next(tmp_path.rglob("summary.json")).read_text())
+    settings = summary["settings"]
+    assert (settings["corrections"], settings["network_steps"], settings["drop_until"]) == (False, 0, 1.0)
+    assert (settings["weighting"], settings["rounding_weight"]) == ("equal", 0.01)
+    assert summary["method"] == "brecq"
 
 
 def test_plan_tries_eight_bits_with_the_real_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

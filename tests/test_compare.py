@@ -55,7 +55,7 @@ def test_the_figures_are_those_of_a_plain_loop() -> None:
     images, labels = torch.arange(10.0).view(10, 1, 1, 1), torch.randint(0, 3, (10,))
     a, b = torch.randn(10, 3), torch.randn(10, 3)
     first, second = (
-        Artifact(name, size, lambda x, scores=scores: scores[x.flatten().long()])
+        Artifact(name, size, "PyTorch", lambda x, scores=scores: scores[x.flatten().long()])
         for name, size, scores in (("a", 100, a), ("b", 50, b))
     )
     batches = [(images[:6], labels[:6]), (images[6:], labels[6:])]
@@ -71,6 +71,9 @@ def test_the_figures_are_those_of_a_plain_loop() -> None:
     assert found.sqnr_db == pytest.approx(10 * math.log10(signal / noise), rel=1e-4)
     assert (found.images, found.first.size, found.second.size) == (10, 100, 50)
     assert "10 images: " in found.text()
+    assert "two runtimes" not in found.text()
+    elsewhere = Artifact("b", 50, "ONNX Runtime", second.run)
+    assert "Times are of two runtimes" in compare(first, elsewhere, batches).text()
     unlabelled = compare(first, second, [images])
     assert unlabelled.agreement == found.agreement
     assert unlabelled.first.top1 is None
@@ -82,7 +85,7 @@ def test_pixels_without_a_label_do_not_count() -> None:
     labels = scores.argmax(1)
     labels[0, 0] = (labels[0, 0] + 1) % 3  # four of 32 are wrong
     labels[1, 3] = 255
-    same = Artifact("a", 1, lambda x: scores)
+    same = Artifact("a", 1, "PyTorch", lambda x: scores)
     found = compare(same, same, [(torch.zeros(2, 3, 4, 4), labels)])
     assert found.first.top1 == pytest.approx(100 * 24 / 28)
     assert found.agreement == 100.0
@@ -90,7 +93,7 @@ def test_pixels_without_a_label_do_not_count() -> None:
 
 
 def test_outputs_without_classes_have_a_ratio_only() -> None:
-    depth = Artifact("a", 1, lambda x: x.mean(1, keepdim=True))
+    depth = Artifact("a", 1, "PyTorch", lambda x: x.mean(1, keepdim=True))
     found = compare(depth, depth, [tiny_images(4)])
     assert found.agreement is None
     assert found.shortfalls(99.0, None) == []
@@ -99,7 +102,10 @@ def test_outputs_without_classes_have_a_ratio_only() -> None:
 
 def test_thresholds_name_what_falls_short() -> None:
     images = tiny_images(8)
-    first, second = Artifact("a", 1, lambda x: x.mean((2, 3))), Artifact("b", 1, lambda x: -x.mean((2, 3)))
+    first, second = (
+        Artifact("a", 1, "PyTorch", lambda x: x.mean((2, 3))),
+        Artifact("b", 1, "PyTorch", lambda x: -x.mean((2, 3))),
+    )
     found = compare(first, second, [images])
     assert found.agreement is not None
     assert found.agreement < 50
@@ -131,7 +137,7 @@ def test_what_cannot_be_compared_is_named(files: dict[str, str], tmp_path: Path)
         damaged.write_bytes(Path(files[suffix]).read_bytes()[:200])
         with pytest.raises(PTQError, match=f"damaged{suffix}' (can't be read|is damaged)"):
             open_artifact(str(damaged), tiny_net())
-    other = Artifact("b", 1, lambda x: torch.zeros(len(x), 7))
+    other = Artifact("b", 1, "PyTorch", lambda x: torch.zeros(len(x), 7))
     with pytest.raises(PTQError, match=r"\(4, 5\) of 'float' and \(4, 7\) of 'b'"):
         compare(open_artifact("float", tiny_net()), other, [tiny_images(4)])
     with pytest.raises(PTQError, match="no images to compare on"):

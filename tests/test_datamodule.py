@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_ptq.datamodule import CalibrationDataModule, CIFAR10Data, DigitsData, ImageFolderData
+from lightning_ptq.datasets import class_names
 from lightning_ptq.errors import PTQError
 
 
@@ -169,9 +170,17 @@ def test_an_image_folder_gives_calibration_images_and_labelled_batches(image_fol
     data = folder_data(image_folder, resize=9, crop=8, val_batch_size=3)
     assert data.image_shape == (3, 8, 8)
     assert data.calibration_images().shape == (10, 3, 8, 8)
+    assert data.images_available == 10
     batches = list(data.val_dataloader())
     assert [images.shape[0] for images, _ in batches] == [3, 1]
     assert torch.cat([labels for _, labels in batches]).tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("skip_bad_images", [False, True])
+def test_class_folders_name_the_classes(image_folder: Path, skip_bad_images: bool) -> None:
+    data = folder_data(image_folder, skip_bad_images=skip_bad_images)
+    assert class_names(data.val_dataloader()) == ["cat", "dog"]
+    assert class_names(DataLoader(numbered(3))) == class_names([]) == []
 
 
 def test_workers_decode_the_same_images(image_folder: Path) -> None:
@@ -314,6 +323,7 @@ def test_the_first_images_of_a_loader_are_taken(make: Any) -> None:
     data = CalibrationDataModule.from_loaders(make(numbered(10)), calibration_samples=6)
     assert data.image_shape in ((1, 2, 2), None)
     assert indices(data.calibration_images()) == [0, 1, 2, 3, 4, 5]
+    assert data.images_available is None, "not read to its end"
     assert data.val_dataloader() == []
 
 
@@ -326,6 +336,7 @@ def test_a_shuffling_loader_gives_the_same_images_each_time() -> None:
     data = CalibrationDataModule.from_loaders(DataLoader(numbered(50), batch_size=4, shuffle=True), seed=5)
     first, second = data.calibration_images(), data.calibration_images()
     assert indices(first) == indices(second) != list(range(50))
+    assert data.images_available == 50
 
 
 def test_a_loader_that_ends_early_is_news_only_where_a_number_was_asked_for() -> None:

@@ -12,6 +12,7 @@ import torch
 import torchvision
 
 from lightning_ptq import ContrastiveConfig
+from lightning_ptq.fingerprint import VERSION
 from tests.helpers import assert_equal_states, quantization_state, tiny_data, tiny_module, trainer
 
 MEASURED = ("wall_seconds", "peak_rss_bytes", "peak_device_bytes")
@@ -56,6 +57,7 @@ def test_the_summary_records_what_the_result_depends_on(tmp_path: Path) -> None:
     environment = summary["environment"]
     assert environment["threads"] == torch.get_num_threads()
     assert environment["lightning"] == L.__version__
+    assert environment["lightning_ptq"] == VERSION
     assert environment["torch"] == torch.__version__
     assert torchvision.__version__.startswith(environment["torchvision"])
     assert environment["device"].startswith("cpu")

@@ -64,8 +64,8 @@ def test_summary_json_has_every_field_and_real_values(fitted) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     assert set(summary) >= {
         "model", "method", "contrastive", "weight_bits", "act_bits", "edges", "placement", "granularity", "seed",
-        "calibration_samples", "steps_per_unit", "teacher_top1", "nearest_top1", "student_top1", "teacher_agreement",
-        "wall_seconds", "peak_rss_bytes", "peak_device_bytes", "units",
+        "calibration_samples", "images_available", "steps_per_unit", "teacher_top1", "nearest_top1", "student_top1",
+        "teacher_agreement", "wall_seconds", "peak_rss_bytes", "peak_device_bytes", "units",
     }  # fmt: skip
     assert (summary["model"], summary["method"], summary["seed"], summary["calibration_samples"]) == (
         "TinyNet", "qdrop", 3, 40,
@@ -251,6 +251,18 @@ def test_mixed_precision_keeps_quantizers_in_float32(tmp_path: Path, precision: 
     trainer(tmp_path, precision=precision).fit(module, datamodule=tiny_data())
     assert all(p.dtype == torch.float32 for p in module.parameters())
     assert all(p.isfinite().all() for p in quantization_state(module).values())
+
+
+def test_the_network_is_measured_in_float32_at_any_precision(fitted, tmp_path: Path) -> None:
+    module, _, _ = fitted
+    data = tiny_data()
+    plain, mixed = (
+        trainer(tmp_path, precision=precision).validate(module, datamodule=data, verbose=False)[0]
+        for precision in ("32-true", "bf16-mixed")
+    )
+    assert plain == mixed
+    outputs = torch.cat(trainer(tmp_path, precision="bf16-mixed").predict(module, dataloaders=data.val_dataloader()))
+    assert outputs.dtype == torch.float32
 
 
 def test_at_bf16_an_8_bit_quantizer_still_hits_every_integer() -> None:

@@ -225,6 +225,17 @@ def test_rates_of_the_last_epoch_are_numbers(name: str, value: Any) -> None:
         tiny_module(**{name: value})
 
 
+def test_the_whole_network_is_trained_in_float32(tmp_path: Path) -> None:
+    """So that units which learn nothing (no rates) leave the same network whatever the precision."""
+    states = []
+    for precision in ("32-true", "bf16-mixed"):
+        module = tiny_module(steps_per_unit=1, rounding_lr=0.0, scale_lr=0.0, network_steps=4)
+        trainer(tmp_path / precision, precision=precision).fit(module, datamodule=tiny_data())
+        states.append(quantization_state(module))
+    assert any(state.any() for name, state in states[0].items() if name.endswith("log_gain"))
+    assert_equal_states(*states)
+
+
 def test_changed_images_meet_a_teacher_in_full_precision(tmp_path: Path) -> None:
     module = tiny_module(network_steps=2, augment=Augmentation(shift=1))
     kinds: list[torch.dtype] = []

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch.loggers.logger import DummyLogger
 
 from lightning_ptq.quantizers import ActQuantizer
 from lightning_ptq.ranges import Histogram
@@ -80,6 +84,8 @@ def test_many_classes_keep_their_most_frequent_swaps_only() -> None:
     many = confusion(teacher * 1000 + student, 1000)
     assert many["pairs"] == [[1, 2, 2], [0, 1, 1]]
     assert (many["images"], many["classes"]) == (6, 1000)
+    assert confusion(teacher * 5 + student, 5, list("abcde"))["names"] == list("abcde")
+    assert not confusion(teacher * 5 + student, 5, list("abcd"))["names"], "of four folders, not of five outputs"
 
 
 def test_plain_values_are_what_json_has() -> None:
@@ -96,17 +102,37 @@ def test_a_resumed_run_records_what_an_uninterrupted_one_does(tmp_path: Path) ->
     whole, resumed = ((tmp_path / run / "record.json").read_bytes() for run in ("whole", "run"))
     assert resumed == whole
     curves = json.loads(whole)["curves"]
-    assert curves["stem"]["step"] == [2, 4, 6]
+    assert curves["stem"]["step"] == [1, 2, 3, 4, 5, 6]
     assert list(curves) == ["stem", "blocks.0", "blocks.1", "fc", "whole-network"]
-    assert stopped["curves"]["blocks.0"]["step"] == [2]
+    assert stopped["curves"]["blocks.0"]["step"] == [1, 2, 3]
     assert not stopped["confusion"], "what an unfinished network gives was not measured"
 
 
+def test_short_units_are_noted_more_often_than_they_are_logged(tmp_path: Path) -> None:
+    logged: list[int] = []
+
+    class Counting(DummyLogger):
+        def log_metrics(self, metrics: Any, step: int) -> None:
+            logged.extend([step] * ("units/stem/reconstruction" in metrics))
+
+    run = trainer(tmp_path, logger=[Counting()], log_every_n_steps=50, max_steps=45)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PossibleUserWarning)  # fewer steps than the interval
+        run.fit(tiny_module(steps_per_unit=45, network_steps=0), datamodule=tiny_data())
+    curve = json.loads((tmp_path / "record.json").read_text())["curves"]["stem"]
+    assert curve["step"] == [*range(2, 45, 2), 45]
+    assert len(curve["reconstruction"]) == 23
+    assert len(logged) == 1
+
+
 def test_the_confusion_is_what_the_agreement_counts(tmp_path: Path) -> None:
-    trainer(tmp_path).fit(tiny_module(), datamodule=tiny_data())
+    data = tiny_data()
+    data.val_dataloader().dataset.classes = list("abcde")  # as torchvision's data sets have them
+    trainer(tmp_path).fit(tiny_module(), datamodule=data)
     summary, found = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("summary", "record"))
     for network, key in (("student", "teacher_agreement"), ("nearest", "nearest_agreement")):
         confused = found["confusion"][network]
         same = sum(n for teacher, student, n in confused["pairs"] if teacher == student)
         assert confused["images"] == 30
+        assert confused["names"] == list("abcde")
         assert 100 * same / 30 == pytest.approx(summary[key], abs=1e-4)

@@ -138,6 +138,33 @@ def test_resume_with_max_steps_at_the_end_of_a_unit(tmp_path: Path, steps: int) 
     assert [r.name for r in module.reports] == list(module.epoch_names)
 
 
+def test_a_run_that_was_done_is_continued_into_a_whole_run_folder(tmp_path: Path) -> None:
+    done = tiny_module(steps_per_unit=2)
+    trainer(tmp_path / "done", logger=True).fit(done, datamodule=tiny_data())
+    last = next((tmp_path / "done").rglob("last.ckpt"))
+    again = tiny_module(steps_per_unit=2)
+    trainer(tmp_path / "again", logger=True).fit(again, datamodule=tiny_data(), ckpt_path=last)
+    copied = next((tmp_path / "again").rglob("last.ckpt"))
+    assert copied.parent.parent == next((tmp_path / "again").rglob("summary.json")).parent
+    states = [torch.load(path, weights_only=True)["state_dict"] for path in (last, copied)]
+    assert_equal_states(*states)
+
+
+def test_seconds_add_up_over_what_was_resumed(tmp_path: Path) -> None:
+    first = tiny_module(steps_per_unit=4)
+    trainer(tmp_path / "first", max_steps=6).fit(first, datamodule=tiny_data())
+    last = tmp_path / "first" / "checkpoints" / "last.ckpt"
+    saved = torch.load(last, weights_only=True)["lightning_ptq"]["session"]["wall_seconds"]
+    assert saved["total"] > saved["ranges"] + saved["calibration"] > 0
+    saved["total"] = 1000.0
+    checkpoint = torch.load(last, weights_only=True)
+    checkpoint["lightning_ptq"]["session"]["wall_seconds"] = saved
+    torch.save(checkpoint, last)
+    trainer(tmp_path / "second").fit(tiny_module(steps_per_unit=4), datamodule=tiny_data(), ckpt_path=last)
+    summary = json.loads((tmp_path / "second" / "summary.json").read_text())
+    assert 1000 < summary["wall_seconds"]["total"] < 1100
+
+
 def test_a_checkpoint_holds_no_teacher_and_only_tensors_and_primitives(tmp_path: Path) -> None:
     trainer(tmp_path).fit(tiny_module(), datamodule=tiny_data())
     checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)

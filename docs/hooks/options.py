@@ -32,7 +32,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def page() -> str:
-    """Every command and every option but those of Lightning's Trainer, as Markdown."""
+    """Every command and every option, as Markdown."""
     parser: Any = capture_parser(main, [])
     below = parser._subcommands_action.choices
     parts = [
@@ -54,7 +54,8 @@ def page() -> str:
         parts += [f"\n### {name}\n", f"{what[0].upper()}{what[1:]}.\n", f"    {PROGRAM} {example}\n"]
         own = [a for a in below[name]._actions if "." not in a.dest and a.dest not in ("config", "data", "help")]
         parts += _table(a for a in own if a.help != argparse.SUPPRESS and not _is_about_itself(a))
-    parts += ["\n## Trainer\n", f"`{PROGRAM} fit --help trainer` lists Lightning's options, which all commands take.\n"]
+    trainer = (a for a in actions if a.dest.startswith("trainer."))
+    parts += ["\n## Trainer\n", "Lightning's own, with Lightning's texts; all commands take them.\n", *_table(trainer)]
     parts += ["\n## Exit codes\n", EXIT_CODES, ""]
     return "\n".join(parts)
 

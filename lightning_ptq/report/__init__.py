@@ -28,8 +28,9 @@ def write_report(
 
     Args:
         runs: folders that fits have left.
-        output: the HTML file to write; None rewrites `report.html` in the folder of the run, if it is one. PNGs go into
-            a folder beside it: `report`, or `NAME_files` for NAME.html. It is the report's own: other PNGs go.
+        output: the HTML file to write; None rewrites `report.html` in the folder of the run, and writes one here for
+            several. PNGs go into a folder beside it: `report` in a run's, else `NAME_files` for NAME.html. It is the
+            report's own: other PNGs go.
         layers: patterns of names of layers whose histograms are drawn in the report of one run, beside the worst.
         overwrite: replace an `output` that is there.
         show: is given each figure's name, the figure and its file.
@@ -42,15 +43,15 @@ def write_report(
     """
     if not runs:
         raise PTQError("report needs a run: give the folder that fit names when it ends.")
-    if output is None and len(runs) > 1:
-        raise PTQError(f"{len(runs)} runs side by side belong to none of their folders. Name a file with --output.")
     if layers and len(runs) > 1:
         raise PTQError("layers are chosen in the report of one run. Leave them out, or give one run.")
+    if output is None and len(runs) > 1:
+        output = "report.html"
     path = Path(runs[0]) / "report.html" if output is None else Path(output)
     if path.suffix not in (".html", ".htm"):
         raise PTQError(f"output={str(path)!r} names no page. Let it end in .html.")
     if output is not None and path.exists() and not overwrite:
-        raise PTQError(f"{str(path)!r} exists. Choose another name, or give --overwrite true.")
+        raise PTQError(f"{str(path)!r} exists. Choose another name with --output, or give --overwrite true.")
     found = [read_run(folder) for folder in runs]
 
     # Only now: drawing takes longer to import than all of the above, and most of the package does without.

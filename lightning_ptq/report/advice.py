@@ -1,10 +1,13 @@
 """What to try next, in plain words: rules over the numbers of one run, the most pressing first.
 
-Options stand in backticks.
+Options stand in backticks, as the terminal takes them.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +18,7 @@ from lightning_ptq.report.run import Run, costliest, decibels_of
 _MOST = 4
 # Percent of images that agree with the teacher, and above which little is left to gain.
 _GOOD = 99.5
-# Points of agreement that calibration images may have above others.
+# Points of agreement that calibration images may have above others; within two standard errors it may be more.
 _GAP = 2.0
 # Share of a unit's weights not rounded to nearest, above which it has fitted its images rather than its weights.
 _FLIPPED = 0.3
@@ -63,12 +66,11 @@ def suggestions(run: Run) -> Iterator[str]:
             f"The run is not finished, {run.done} are done, and what was not calibrated is rounded to nearest: go on "
             "with `--ckpt_path RUN/checkpoints/last.ckpt` before anything else."
         )
-    images = 2 * s["calibration_samples"]
     if learns and s["units"] and s["complete"] and not s["accepted"]:
         yield (
-            "Calibration did worse than rounding to nearest, so that all of it was put back: give more images "
-            f"(`data.calibration_samples={images}`) or halve the learning rates "
-            f"(`rounding_lr={settings['rounding_lr'] / 2:.2g}`, `scale_lr={settings['scale_lr'] / 2:.2g}`)."
+            f"Calibration did worse than rounding to nearest, so that all of it was put back: give {_more_images(s)} "
+            f"or halve the learning rates (`--model.rounding_lr {settings['rounding_lr'] / 2:.2g}`, "
+            f"`--model.scale_lr {settings['scale_lr'] / 2:.2g}`)."
         )
         return
     agreement = s["teacher_agreement"]
@@ -77,15 +79,10 @@ def suggestions(run: Run) -> Iterator[str]:
         return
     yield from _cost(run)
     if not learns:
-        yield "Nothing was learned here: `method=qdrop` learns the rounding, in minutes for a small network."
+        yield "Nothing was learned here: `--model.method qdrop` learns the rounding, in minutes for a small network."
         return
-    yield from _rolled_back(run, images)
-    gap = s.get("overfit_gap")
-    if gap is not None and gap > _GAP:
-        yield (
-            f"It agrees with the teacher {gap:.1f} points more often on the images it was calibrated with than on "
-            f"others, so it has learned them by heart: `data.calibration_samples={images}` would help more than steps."
-        )
+    yield from _rolled_back(run)
+    yield from _overfit(run)
     yield from _steps(run)
     # With eight bits a weight's nearest value is hardly better than the next.
     fine = {layer["unit"] for layer in run.layers if layer["weight_bits"] >= 8}
@@ -94,23 +91,36 @@ def suggestions(run: Run) -> Iterator[str]:
     if flipped is not None and flipped["flipped_fraction"] > _FLIPPED:
         yield (
             f"In {flipped['name']!r} {_share(flipped['flipped_fraction'])} of the weights are not at their nearest "
-            "value, far from the network that was trained: see with `held_out=0.1` whether that holds on images which "
-            "no step draws."
+            "value, far from the network that was trained: see with `--model.held_out 0.1` whether that holds on "
+            "images which no step draws."
         )
     yield from _contrastive(run)
     if s["method"] in ("adaround", "brecq") and min(s["weight_bits"], s["act_bits"]) < 4:
-        yield f"Below four bits {s['method']!r} reads activations as they are: `method=qdrop` mixes in the teacher's."
+        yield (
+            f"Below four bits {s['method']!r} reads activations as they are: `--model.method qdrop` mixes in the "
+            "teacher's."
+        )
 
 
 def _share(value: float) -> str:
     return f"{100 * value:.0f} %" if value >= 0.02 else f"{100 * value:.2g} %"
 
 
+def _more_images(s: dict[str, Any]) -> str:
+    """Twice as many images as were used, as far as there are as many."""
+    used, there = s["calibration_samples"], s.get("images_available") or math.inf
+    if used + s.get("skipped_images", {}).get("calibration", 0) >= there:
+        return f"more images than the {used} that there are"
+    return f"more images (`--data.calibration_samples {min(2 * used, there)}`)"
+
+
 def _fewer_bits(run: Run) -> str:
     s = run.summary
     if s.get("average_bits") is not None:
-        return f"so that fewer bits are worth trying (`quant.average_bits={max(2.0, s['average_bits'] - 0.5):g}`)"
-    fewer = [f"`quant.{key}={s[key] - 1}`" for key in ("weight_bits", "act_bits") if 2 < s[key] <= 8]
+        return (
+            f"so that fewer bits are worth trying (`--model.quant.average_bits {max(2.0, s['average_bits'] - 0.5):g}`)"
+        )
+    fewer = [f"`--model.quant.{key} {s[key] - 1}`" for key in ("weight_bits", "act_bits") if 2 < s[key] <= 8]
     if not fewer:
         return "and the file can be exported as it is"
     return f"so that fewer bits are worth trying ({', '.join(fewer)})"
@@ -137,25 +147,50 @@ def _cost(run: Run) -> Iterator[str]:
     read = run.reads(layer)
     if key == "act_bits" and read is not None and read["clipped_fraction"] > _CLIPPED:
         clipped = f" ({_share(read['clipped_fraction'])} of its values lie beyond the range)"
+    # With those that the run had, which it replaces.
+    overrides = dict(run.summary.get("quant", {}).get("overrides", {}))
+    overrides[layer["name"]] = overrides.get(layer["name"], {}) | {key: bits}
     yield (
         f"{before}, most of all through {what} {layer['name']!r}, {decibels:.1f} dB at {layer[key]} bits{clipped}. Try "
-        f'`quant.overrides={{"{layer["name"]}": {{"{key}": {bits}}}}}`.'
+        f"`--model.quant.overrides {shlex.quote(json.dumps(overrides))}`."
     )
 
 
-def _rolled_back(run: Run, images: int) -> Iterator[str]:
+def _rolled_back(run: Run) -> Iterator[str]:
     names = [unit["name"] for unit in run.units if not unit["accepted"]]
     if names:
         shown = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         yield (
             f"{shown} {'was' if len(names) == 1 else 'were'} put back, since calibration raised the error there: with "
-            f"more images (`data.calibration_samples={images}`) or more steps "
-            f"(`steps_per_unit={2 * run.summary['steps_per_unit']}`) it may not."
+            f"{_more_images(run.summary)} or more steps "
+            f"(`--model.steps_per_unit {2 * run.summary['steps_per_unit']}`) it may not."
         )
     if any(unit["name"] == NETWORK and not unit["accepted"] for unit in run.summary["units"]):
         yield (
             "The last epoch was undone, since it made predictions worse: lower its rate "
-            f"(`network_lr={run.summary['settings']['network_lr'] / 2:.2g}`) or leave it out (`network_steps=0`)."
+            f"(`--model.network_lr {run.summary['settings']['network_lr'] / 2:.2g}`) or leave it out "
+            "(`--model.network_steps 0`)."
+        )
+
+
+def _overfit(run: Run) -> Iterator[str]:
+    """Whether the calibration images are better off than those of validation by more than chance explains."""
+    s = run.summary
+    here, elsewhere = s.get("calibration_agreement"), s["teacher_agreement"]
+    judged = run.record.get("confusion", {}).get("student", {}).get("images")
+    if here is None or elsewhere is None or judged is None:
+        return
+    gap, variance = here - elsewhere, 0.0
+    for agreement, images in ((here, s["calibration_samples"]), (elsewhere, judged)):
+        # With one more image of each kind: else 100 % of a few images would be certain.
+        share = (agreement / 100 * images + 1) / (images + 2)
+        variance += share * (1 - share) / (images + 2)
+    error = 100 * math.sqrt(variance)
+    if gap > max(_GAP, 2 * error):
+        yield (
+            f"It agrees with the teacher {gap:.1f} points more often on the images it was calibrated with than on "
+            f"others (standard error {error:.1f}), so some of what it learned holds for these alone: "
+            f"{_more_images(s)} may help more than steps."
         )
 
 
@@ -171,14 +206,17 @@ def _steps(run: Run) -> Iterator[str]:
     if last < (1 - _STILL_FALLING) * before:
         yield (
             f"The error of {found[0]['name']!r} still fell by {_share(1 - last / before)} from the third quarter of "
-            f"its steps to the last: `steps_per_unit={2 * run.summary['steps_per_unit']}` goes on."
+            f"its steps to the last: `--model.steps_per_unit {2 * run.summary['steps_per_unit']}` goes on."
         )
 
 
 def _contrastive(run: Run) -> Iterator[str]:
+    """What docs/accuracy.md says: of W2A2, W2A4, W3A3 and W4A4 the first alone gained."""
     s = run.summary
-    fewest = min(s["weight_bits"], s["act_bits"])
-    if s.get("part") is None and fewest <= 2 and not s["contrastive"]:
-        yield "With two bits the contrastive term has paid on ResNet-20, most with few images: `contrastive=true`."
-    if fewest > 2 and s["contrastive"] and s.get("average_bits") is None:
-        yield f"At {run.bits} the contrastive term gained nothing on ResNet-20 and takes time: `contrastive=false`."
+    if s.get("average_bits") is not None:
+        return
+    two = max(s["weight_bits"], s["act_bits"]) == 2
+    if two and not s["contrastive"] and s.get("part") is None:
+        yield "At W2A2 the contrastive term has paid on ResNet-20, most with few images: `--model.contrastive true`."
+    if s["contrastive"] and not two:
+        yield "Beyond W2A2 the contrastive term gained nothing on ResNet-20, at a cost: `--model.contrastive false`."

@@ -43,7 +43,8 @@ def page_of(run: Run, chosen: Sequence[str] = ()) -> tuple[Page, dict[str, Figur
         Section("Accuracy", "", pictures["result"]),
         Section(
             "Classes that changed",
-            "Images of the validation by the teacher's class and the student's. Coloured is what is not the teacher's.",
+            "Images of the validation by the teacher's class and the student's. Coloured is what is not the teacher's; "
+            "of many classes the most frequent changes.",
             pictures["confusion"],
         ),
         Section(
@@ -68,7 +69,8 @@ def page_of(run: Run, chosen: Sequence[str] = ()) -> tuple[Page, dict[str, Figur
         ),
         Section(
             "Weights",
-            "The layers with the noisiest weights, on their integer grid: 0 is zero, 1 a step of the quantizer.",
+            "The layers with the noisiest weights, on their integer grid: 0 is zero, 1 a step of the quantizer. "
+            "Channels with a zero point of their own reach differently far: all together have more values than one.",
             pictures["weights"],
         ),
         Section(
@@ -89,7 +91,7 @@ def comparison_of(runs: Sequence[Run]) -> tuple[Page, dict[str, Figure]]:
     names = unique_names(runs)
     drawn = {"results": figures.side_by_side(runs, names), "units": unit_figures.units_side_by_side(runs, names)}
     pictures = pictures_of(drawn)
-    told = [flat(_settings(run)) for run in runs]
+    told = [_known(run) | flat(_settings(run)) for run in runs]
     keys = list(dict.fromkeys(key for settings in told for key in settings))
     differing = [key for key in keys if len({settings.get(key) for settings in told}) > 1]
     rows = [[key, *(settings.get(key, DASH) for settings in told)] for key in differing]
@@ -241,15 +243,22 @@ def run_table(runs: Sequence[Run], names: Sequence[str]) -> Table:
 def dependence(run: Run) -> list[Table]:
     """Fingerprint, environment and settings."""
     s = run.summary
-    digests = {f"digest of {key}": str(value) for key, value in s.get("digests", {}).items()}
     clocks = {f"seconds of {key}": number(value) for key, value in s["wall_seconds"].items()}
     memory = {"peak memory": bytes_text(s["peak_rss_bytes"]), "of the device": bytes_text(s["peak_device_bytes"])}
     parts = [
-        (digests | flat(s.get("environment", {})), "Fingerprint and environment"),
+        (_known(run), "Fingerprint and environment"),
         (clocks | memory, "Time and memory"),
         (flat(_settings(run)), "All settings"),
     ]
     return [Table(["", ""], [[key, value] for key, value in part.items()], fold) for part, fold in parts]
+
+
+def _known(run: Run) -> dict[str, str]:
+    """What identifies weights and images, and where it ran."""
+    found = run.summary.get("digests", {})
+    named = (("weights", "model"), ("images", "images"))
+    digests = {f"digest of {name}": str(found[key]) for name, key in named if key in found}
+    return digests | flat(run.summary.get("environment", {}))
 
 
 def _settings(run: Run) -> dict[str, Any]:

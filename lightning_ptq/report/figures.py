@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lightning_ptq.record import FEW_CLASSES
 from lightning_ptq.report.run import Run
-from lightning_ptq.report.style import BLUE, GREY, ORANGE, name_rows, new_figure, styled, values_of
+from lightning_ptq.report.style import BLUE, GREY, ORANGE, name_rows, new_figure, short, styled, values_of
 
 # Swaps of classes that are shown.
 _SWAPS = 15
@@ -57,18 +58,27 @@ def confusion(run: Run) -> Figure | None:
     networks = [(name, title) for name, title in (("nearest", "nearest"), ("student", "calibrated")) if name in found]
     classes = found[networks[0][0]]["classes"]
     if classes <= FEW_CLASSES:
-        figure = new_figure(2.0 + 0.16 * classes)
+        longest = max(map(len, _names(found[networks[0][0]])))
+        figure = new_figure(min(5.1, 1.9 + 0.16 * classes + 0.09 * longest))  # higher, the width would bound it
         for axes, (name, title) in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
             _matrix(axes, found[name], title)
         return figure
-    figure = new_figure(0.9 + 0.23 * _SWAPS)
-    for axes, (name, title) in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
-        pairs = found[name]["pairs"][:_SWAPS]
+    swaps = {name: found[name]["pairs"][:_SWAPS] for name, _ in networks}
+    figure = new_figure(1.1 + 0.23 * max(map(len, swaps.values())))
+    panels = figure.subplots(1, len(networks), sharex=True, squeeze=False)[0]
+    for axes, (name, title) in zip(panels, networks, strict=True):
+        pairs, names = swaps[name], _names(found[name])
         axes.barh(range(len(pairs)), [n for *_, n in pairs], color=ORANGE if name == "nearest" else BLUE, height=0.62)
-        name_rows(axes, [f"{teacher} → {student}" for teacher, student, _ in pairs])
-        axes.set_title(f"{title}: teacher's class → student's")
+        name_rows(axes, [f"{names[teacher]} → {names[student]}" for teacher, student, _ in pairs])
+        axes.set_title(f"{title}: teacher → student" if pairs else f"{title}: no image changed")
         axes.set_xlabel(f"images of {found[name]['images']:,}")
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
     return figure
+
+
+def _names(found: dict[str, Any]) -> list[str]:
+    """What the classes are called, or their numbers."""
+    return [short(name, 12) for name in found.get("names") or map(str, range(found["classes"]))]
 
 
 def _matrix(axes: Axes, found: dict[str, Any], title: str) -> None:
@@ -85,8 +95,11 @@ def _matrix(axes: Axes, found: dict[str, Any], title: str) -> None:
         colour = "#b0b4bc" if same else "white" if dark else "#22262e"
         size = 8 if classes <= 12 else 6
         axes.text(student, teacher, f"{images}", ha="center", va="center", color=colour, fontsize=size)
-    axes.set(xticks=range(classes), yticks=range(classes), xlabel="student's class", ylabel="teacher's class")
-    axes.set_title(f"{title}: {int(wrong.sum()):,} of {found['images']:,} images changed their class")
+    names = _names(found)
+    axes.set(xlabel="student's class", ylabel="teacher's class")
+    axes.set_xticks(range(classes), names, rotation=90 if max(map(len, names)) > 2 else 0)
+    axes.set_yticks(range(classes), names)
+    axes.set_title(f"{title}: {int(wrong.sum()):,} of {found['images']:,} images changed")
     axes.grid(visible=False)
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
@@ -113,13 +126,14 @@ def side_by_side(runs: Sequence[Run], names: Sequence[str]) -> Figure | None:
             numbers = values_of(run.summary.get(key) for run in runs)
             axes.barh(rows + shift, numbers, height=0.34, color=colour, label=label)
             for row, value in zip(rows, numbers, strict=True):
-                if not math.isnan(value):
-                    axes.text(max(value, 0), row + shift, f"   {value:.2f}", va="center", fontsize=7.5)
+                if not math.isnan(value):  # at the right edge, where neither bar nor teacher ends
+                    axes.text(0.99, row + shift, f"{value:.2f}", transform=axes.get_yaxis_transform(), ha="right",
+                              va="center", fontsize=7.5)  # fmt: skip
         if teacher is not None:
             for row, value in zip(rows, values_of(run.summary.get(teacher) for run in runs), strict=True):
                 axes.vlines(value, row - 0.4, row + 0.4, color=GREY, linewidth=2)
             axes.plot([], [], color=GREY, linewidth=2, label="teacher")
-        axes.margins(x=0.14)
+        axes.margins(x=0.2)
         axes.set_title(title)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)

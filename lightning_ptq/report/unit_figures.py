@@ -85,40 +85,40 @@ def losses(run: Run) -> Figure | None:
     figure = new_figure(2.9)
     axes = figure.subplots()
     colours: dict[str, str] = {}
-    start = 0.0
-    ends = []
-    for name, curve in curves.items():
-        steps = [start + step for step in values_of(curve["step"])]
+    ends = [0.0]
+    for curve in curves.values():
+        steps = values_of(curve["step"])
+        # Half an interval to the left, where a point is well within its unit, and the last one within the frame.
+        places = [ends[-1] + step - steps[0] / 2 for step in steps]
         for term, values in curve.items():
             if term == "step":
                 continue
             colour = colours.setdefault(term, TERMS[len(colours) % len(TERMS)])
             positive = [value if value > 0 else math.nan for value in values_of(values)]
             marker = "o" if len(positive) < 3 else None
-            axes.plot(steps[-len(positive) :], positive, color=colour, linewidth=1.4, marker=marker, markersize=3)
-        ends.append((start, steps[-1], name))
-        start = steps[-1]
+            axes.plot(places[-len(positive) :], positive, color=colour, linewidth=1.4, marker=marker, markersize=3)
+        ends.append(ends[-1] + steps[-1])
     for term, colour in colours.items():
         axes.plot([], [], color=colour, label=term)
     axes.set_yscale("log")
     plain_log(axes.yaxis)
-    axes.set_xlim(0, start)
+    axes.set_xlim(0, ends[-1])
     axes.set_ylabel("loss")
     axes.grid(axis="x", visible=False)
-    for first, last, _ in ends[:-1]:
-        del first
-        axes.axvline(last, color="#c9cdd4", linewidth=0.8)
-    shown = ends if len(ends) <= 14 else ends[:: -(-len(ends) // 14)]
+    for end in ends[1:-1]:
+        axes.axvline(end, color="#c9cdd4", linewidth=0.8)
+    middles = [((first + last) / 2, name) for first, last, name in zip(ends, ends[1:], curves, strict=False)]
+    shown = middles[:: -(-len(middles) // 14)]
     slanted = len(shown) > 5
     axes.set_xticks(
-        [(first + last) / 2 for first, last, _ in shown],
-        [short(name, 20) for *_, name in shown],
+        [middle for middle, _ in shown],
+        [short(name, 20) for _, name in shown],
         rotation=30 if slanted else 0,
         ha="right" if slanted else "center",
         rotation_mode="anchor",
     )
     axes.tick_params(axis="x", length=0)
-    axes.set_title(f"{start:,.0f} steps, one unit behind the other", pad=22)
+    axes.set_title(f"{ends[-1]:,.0f} steps, one unit behind the other", pad=22)
     axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=6, borderaxespad=0.1)
     return figure
 

@@ -136,7 +136,10 @@ def test_it_is_drawn_again_from_the_folder_alone(copy: Path, run: Path) -> None:
 
 def test_several_runs_stand_side_by_side(copy: Path, run: Path, tmp_path: Path) -> None:
     settings = json.loads((copy / "summary.json").read_text())["settings"]
-    change(copy, "summary", student_top1=12.34, settings=settings | {"steps_per_unit": 77})
+    environment = json.loads((copy / "summary.json").read_text())["environment"]
+    change(copy, "summary", student_top1=12.34, settings=settings | {"steps_per_unit": 77, "precision": "bf16-mixed"},
+           digests={"model": "abc", "images": 5}, environment=environment | {"torch": "9.9", "lightning_ptq": "8.8"},
+    )  # fmt: skip
     output, others = tmp_path / "both.html", tmp_path / "both" / "mine.png"
     others.parent.mkdir()
     others.touch()
@@ -145,12 +148,30 @@ def test_several_runs_stand_side_by_side(copy: Path, run: Path, tmp_path: Path) 
     assert write_report([run, copy], output) == output
     text = Parsed(output.read_text()).text
     assert {"12.34 %", "2 runs side by side", "steps_per_unit", "77", copy.name, run.name} <= set(text)
-    assert "batch_size" not in text, "only what differs"
+    assert {"digest of weights", "abc", "digest of images", "5", "torch", "9.9", "lightning_ptq", "8.8"} <= set(text)
+    assert {"precision", "bf16-mixed"} <= set(text)
+    assert not {"batch_size", "python"} & set(text), "only what differs"
     assert others.exists(), "another folder's pictures stay"
     assert not (tmp_path / "both_files" / "gone.png").exists(), "a drawing that there is no more goes"
-    with pytest.raises(PTQError, match=r"both.html' exists. Choose another name, or give --overwrite true"):
+    with pytest.raises(PTQError, match=r"both.html' exists. Choose another name with --output, or give --overwrite"):
         write_report([run], output)
     write_report([run], output, overwrite=True)
+
+
+def test_several_runs_are_drawn_here_and_nothing_is_overwritten(
+    copy: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "mine.png").touch()
+    assert write_report([run, copy]).resolve() == tmp_path / "report.html"
+    assert (tmp_path / "report_files" / "results.png").exists()
+    assert (tmp_path / "report" / "mine.png").exists()
+    with pytest.raises(PTQError, match=r"'report.html' exists. Choose another name with --output"):
+        write_report([run, copy])
+    monkeypatch.chdir(copy)
+    with pytest.raises(PTQError, match=r"'report.html' exists"):
+        write_report([".", run])
 
 
 def test_what_can_not_be_drawn_is_one_sentence(run: Path, copy: Path, tmp_path: Path) -> None:
@@ -158,8 +179,6 @@ def test_what_can_not_be_drawn_is_one_sentence(run: Path, copy: Path, tmp_path: 
         write_report([tmp_path / "nowhere"])
     with pytest.raises(PTQError, match=r"holds no run.*Below it are: .*copy"):
         write_report([tmp_path])
-    with pytest.raises(PTQError, match=r"belong to none of their folders. Name a file with --output"):
-        write_report([run, copy])
     with pytest.raises(PTQError, match=r"names no page. Let it end in .html"):
         write_report([run], tmp_path / "report.pdf")
     with pytest.raises(PTQError, match=r"layers='conv9' matches no quantized layer of .*It has: stem, blocks"):
