@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_ptq.errors import PTQError
+
+_OURS = "lightning_ptq.models"
 
 
 def build_network(model: nn.Module | str, weights: str | None) -> nn.Module:
@@ -51,8 +55,8 @@ def build_model(name: str, weights: str | None = None, **options: int) -> nn.Mod
             return torchvision.models.get_model(name, weights=named, **own, **options)  # type: ignore[no-any-return]
         except (ValueError, KeyError) as error:
             raise PTQError(
-                f"model={name!r} with weights={weights!r}: {error}. Name a model and weights of torchvision, "
-                "a weights file that exists, or the import path of a function that returns a model."
+                f"model={name!r} with weights={weights!r}: {error}.{_suggestion(name)} Name a model and weights of "
+                "torchvision, a weights file that exists, or the import path of a function that returns a model."
             ) from None
         except OSError as error:
             raise PTQError(
@@ -73,6 +77,18 @@ def build_model(name: str, weights: str | None = None, **options: int) -> nn.Mod
     if not isinstance(network, nn.Module):
         raise PTQError(f"model={name!r} returned {type(network).__name__}, not a torch.nn.Module.")
     return network
+
+
+def _suggestion(name: str) -> str:
+    """The model that may be meant by a name that torchvision does not know."""
+    from torchvision.models import list_models
+
+    names = {model: model for model in list_models()} | {
+        model: f"{_OURS}.{model}" for model in ("resnet20", "digits_net")
+    }
+    if name in list_models():  # it is the weights that torchvision does not know
+        return ""
+    return "".join(f" Did you mean {names[near]}?" for near in get_close_matches(name, names, n=1))
 
 
 def load_weights(model: nn.Module, path: str) -> None:
@@ -102,10 +118,32 @@ def load_state(model: nn.Module, state: Any, path: str) -> None:
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
-        first = "; ".join(line.strip() for line in str(error).splitlines()[1:4]) or str(error)
+        what = _differences(model.state_dict(), state) or _first_line(error)
         raise PTQError(
-            f"weights={path!r} do not fit {type(model).__name__}: {first}. Give the file that this model was saved to."
+            f"weights={path!r} do not fit {type(model).__name__}: {what}. Give the file that this model was saved to."
         ) from None
+
+
+def _differences(own: Mapping[str, Tensor], state: Any) -> str:
+    """How many keys a state dict lacks, has too many or has in another shape, and the first of them."""
+    if not isinstance(state, dict):
+        return f"it holds a {type(state).__name__}, not a state dict"
+    kinds = {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [key for key in state if key not in own],
+        "of another shape": [
+            key for key in own if key in state and own[key].shape != getattr(state[key], "shape", None)
+        ],
+    }
+    return ", ".join(f"{len(keys)} {kind} ({_first(keys)})" for kind, keys in kinds.items() if keys)
+
+
+def _first(keys: Sequence[Any], count: int = 3) -> str:
+    return ", ".join([*map(str, keys[:count]), *["..."] * (len(keys) > count)])
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines()[1:2]), str(error))
 
 
 def other_classes(model: nn.Module, state: Any) -> int | None:

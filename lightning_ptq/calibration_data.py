@@ -20,6 +20,8 @@ from lightning_ptq.datasets import ImageFiles, Readable, collate, image_of, stac
 from lightning_ptq.errors import PTQError
 
 Shape = tuple[int, int, int]
+# What users leave it at who give a loader: then it only says where to stop.
+_SAMPLES = 1024
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
@@ -47,7 +49,7 @@ class CalibrationDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        calibration_samples: int = 1024,
+        calibration_samples: int = _SAMPLES,
         val_batch_size: int = 256,
         num_workers: int = 0,
         seed: int | None = None,
@@ -69,7 +71,7 @@ class CalibrationDataModule(L.LightningDataModule):
     def from_loaders(
         calib_loader: Iterable[Any],
         val_loader: Iterable[Any] | None = None,
-        calibration_samples: int = 1024,
+        calibration_samples: int = _SAMPLES,
         seed: int | None = None,
     ) -> CalibrationDataModule:
         """Calibrate on the first `calibration_samples` images of a loader.
@@ -84,7 +86,7 @@ class CalibrationDataModule(L.LightningDataModule):
 
     @staticmethod
     def wrap(
-        datamodule: L.LightningDataModule, calibration_samples: int = 1024, seed: int | None = None
+        datamodule: L.LightningDataModule, calibration_samples: int = _SAMPLES, seed: int | None = None
     ) -> CalibrationDataModule:
         """Calibrate on a LightningDataModule's `train_dataloader` and validate on its `val_dataloader`.
 
@@ -133,6 +135,11 @@ class CalibrationDataModule(L.LightningDataModule):
             return next((_shape(image_of(image, "calibration image 0")) for image in images if image is not None), None)
 
     @property
+    def calibration_count(self) -> int:
+        """How many images will be drawn, as far as that can be told before they are read."""
+        return min(self.calibration_samples, len(cast(Sized, self._calibration)))
+
+    @property
     def draw_seed(self) -> int:
         """The seed that the draw of calibration images uses."""
         return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
@@ -179,7 +186,7 @@ class CalibrationDataModule(L.LightningDataModule):
         """Yield (name, sample) for every image that `rank` draws."""
         dataset = self._calibration
         size = len(cast(Sized, dataset))  # `_calibration` has checked it
-        self._count(size)
+        self._count(size, warn=rank == 0)
         order = torch.randperm(size, generator=torch.Generator().manual_seed(self.draw_seed))
         drawn = order[: self.calibration_samples][rank::world_size].tolist()
         samples = DataLoader(Subset(dataset, drawn), batch_size=None, num_workers=self.num_workers)
@@ -188,10 +195,10 @@ class CalibrationDataModule(L.LightningDataModule):
             if sample is not None or not isinstance(dataset, Readable):
                 yield file or f"Calibration image {index}", sample
 
-    def _count(self, size: int) -> None:
-        """Keep how many images there are, and warn where they are too few."""
+    def _count(self, size: int, warn: bool) -> None:
+        """Keep how many images there are, and `warn` where they are too few."""
         self.images_available = size
-        if 0 < size < self.calibration_samples:
+        if warn and 0 < size < self.calibration_samples:
             warnings.warn(
                 f"data.calibration_samples={self.calibration_samples}, but there are only {size} calibration images. "
                 "All are used; more images or a smaller number silence this.",
@@ -266,6 +273,10 @@ class _LoaderData(CalibrationDataModule):
         """Nothing to build."""
 
     @property
+    def calibration_count(self) -> int:
+        return self.calibration_samples
+
+    @property
     def image_shape(self) -> Shape | None:
         loader = self.calibration_loader()
         if isinstance(loader, Iterator):  # looking at its first batch would take that batch from the calibration
@@ -284,7 +295,7 @@ class _LoaderData(CalibrationDataModule):
                 seen += 1
                 if seen == self.calibration_samples:
                     return
-        self._count(seen)
+        self._count(seen, warn=rank == 0 and self.calibration_samples != _SAMPLES)
 
     def val_dataloader(self) -> Any:
         return [] if self._val_loader is None else self._val_loader

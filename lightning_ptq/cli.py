@@ -192,8 +192,9 @@ def main(args: ArgsType = None) -> None:
             CalibrationDataModule,
             subclass_mode_data=True,
             trainer_class=Trainer,
-            # As many epochs as there are units; None would make Lightning announce 1000.
-            trainer_defaults={"max_epochs": -1, "callbacks": [PredictionFile()]},
+            # As many epochs as there are units; None would make Lightning announce 1000. Its table of the model counts
+            # both networks, and what is trainable in the first unit.
+            trainer_defaults={"max_epochs": -1, "callbacks": [PredictionFile()], "enable_model_summary": False},
             save_config_callback=SaveRunConfig,
             seed_everything_default=0,
             auto_configure_optimizers=False,

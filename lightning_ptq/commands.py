@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from lightning_ptq.checkpoint import read_checkpoint
 from lightning_ptq.compare import compare, open_artifact
 from lightning_ptq.datamodule import CalibrationDataModule
 from lightning_ptq.eight_bits import eight_bits, images_to_try
-from lightning_ptq.errors import PTQError
+from lightning_ptq.errors import NoValidationImages, PTQError
 from lightning_ptq.export import compare_lowered, export_onnx, export_pt2, save_packed
 from lightning_ptq.front import front_data, front_text, pareto_front, plot_front
 from lightning_ptq.memory import Room
@@ -86,13 +88,14 @@ class Trainer(L.Trainer):
         assert isinstance(model, PTQModule)
         if datamodule is None or datamodule.image_shape is None:
             raise PTQError("plan needs the images' shape. Give the data section of the config.")
-        shape, samples = model.input_shape(datamodule.image_shape), datamodule.calibration_samples
+        shape, samples = model.input_shape(datamodule.image_shape), _count(datamodule)
         part = None if model.surroundings is None else model.surroundings.part
         network, folder = model.network_steps > 0, Path(model.cache_folder or self.default_root_dir)
         print(plan_text(model.chains, model.quant, shape, samples, network, part, model.cache_dtype))
         room = Room(self.strategy.root_device, model.memory_budget, folder, self.world_size)
         try:
             print(f"\n{model.caches(shape, -(-samples // self.world_size), room)}")
+            print("  with the images and, where a unit ends, its output once more, which the table leaves out")
         except PTQError as error:
             print(f"\nno fit: {error}")
         if self.untrained is None:
@@ -109,8 +112,7 @@ class Trainer(L.Trainer):
         if datamodule is None:
             raise PTQError("sensitivity needs calibration images. Give the data section of the config.")
         folder, device = Path(self.default_root_dir), self.strategy.root_device
-        datamodule.prepare_data()
-        datamodule.setup("fit")
+        _set_up(datamodule)
         images = model.checked(datamodule.calibration_images())[:RANGE_IMAGES]
         learned = model.method.rounding != "nearest"
         found, front = pareto_front(model.to(device).chains, images, model.quant, device, learned)
@@ -151,8 +153,7 @@ class Trainer(L.Trainer):
             parts = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
             print(f"{output}: {sum(sizes.values()):,} bytes ({parts})")
             return
-        datamodule.prepare_data()
-        datamodule.setup("fit")
+        _set_up(datamodule)
         images = datamodule.calibration_images()
         export = export_pt2 if kind == ".pt2" else export_onnx
         report = export(model, output, images, overwrite=overwrite)
@@ -194,9 +195,10 @@ class Trainer(L.Trainer):
         if datamodule is None:
             raise PTQError("compare needs images. Give the data section of the config.")
         a, b = (open_artifact(name, self.network) for name in (first, second))
-        datamodule.prepare_data()
-        datamodule.setup("fit")
-        found = compare(a, b, datamodule.val_dataloader() or chunks(datamodule.calibration_images()))
+        batches = datamodule.val_dataloader() if _set_up(datamodule) else []
+        if not batches:
+            print("no validation images: compared on those of calibration")
+        found = compare(a, b, batches or chunks(datamodule.calibration_images()))
         datamodule.teardown("fit")
         print(found.text())
         short = found.shortfalls(least_agreement, least_sqnr_db)
@@ -205,13 +207,35 @@ class Trainer(L.Trainer):
             sys.exit(1)
 
 
+def _set_up(datamodule: CalibrationDataModule) -> bool:
+    """Build the data sets; False if the folder of validation images is missing."""
+    warnings.filterwarnings("ignore", r"data\.calibration_samples=")  # fit says it
+    datamodule.prepare_data()
+    try:
+        datamodule.setup("fit")
+    except NoValidationImages:  # looked for behind those of calibration
+        return False
+    return True
+
+
+def _count(datamodule: CalibrationDataModule) -> int:
+    """How many images a fit would draw; where they are not there yet, as many as it asks for."""
+    try:
+        return datamodule.calibration_count
+    except Exception:  # whatever a user's data set raises: a plan does without images
+        return datamodule.calibration_samples
+
+
 def _eight_bits_text(
     model: PTQModule, datamodule: CalibrationDataModule, shape: tuple[int, ...], device: torch.device
 ) -> str:
     try:
-        datamodule.setup("fit")  # nothing is downloaded for a plan
-        # As one of so many processes: that reads about as many images as are looked at.
-        few = datamodule.calibration_images(0, max(1, datamodule.calibration_samples // images_to_try(shape)))
-        return eight_bits(model.to(device).chains, model.checked(few).to(device), model.quant, device).text()
+        with suppress(NoValidationImages):
+            datamodule.setup("fit")  # nothing is downloaded for a plan
+        # As one of so many processes: that reads no more images than are looked at.
+        count = _count(datamodule)
+        few = datamodule.calibration_images(0, -(-count // images_to_try(shape)))
+        found = eight_bits(model.to(device).chains, model.checked(few).to(device), model.quant, device)
+        return found.text(of=count)
     except Exception as error:  # whatever a user's data set raises: a plan does without images
         return f"not tried with 8 bits: {error}"

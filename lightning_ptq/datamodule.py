@@ -22,7 +22,7 @@ from lightning_ptq.datasets import (
     eval_transform,
     labelled_images,
 )
-from lightning_ptq.errors import PTQError
+from lightning_ptq.errors import NoValidationImages, PTQError
 
 __all__ = ["CIFAR10Data", "CalibrationDataModule", "DigitsData", "ImageFolderData"]
 
@@ -88,8 +88,9 @@ class ImageFolderData(CalibrationDataModule):
         if not root.is_dir():
             raise PTQError(f"data.root='{root}' is not a folder. Set data.root to the folder that holds '{name}'.")
         if not folder.is_dir():
-            off = ", or data.validation_folder=null to go without" if role == "validation" else ""
-            raise PTQError(
+            validates = role == "validation"
+            off = ", or data.validation_folder=null to go without" if validates else ""
+            raise (NoValidationImages if validates else PTQError)(
                 f"data.root='{root}' has no folder '{name}'. "
                 f"Put the {role} images below {folder} or set data.{role}_folder{off}."
             )

@@ -48,12 +48,11 @@ class EightBits:
         """Whether the network can be expected to do well with eight bits."""
         return self.agreement >= LEAST_AGREEMENT if self.agreement is not None else self.sqnr_db >= LEAST_SQNR_DB
 
-    def text(self) -> str:
-        """One line, and a warning where it is due."""
+    def text(self, of: int = 0) -> str:
+        """One line, and a warning where it is due. `of`: how many images there are, of which some were looked at."""
+        images = f"{self.images} of {of} images for a quick look" if of > self.images else f"{self.images} images"
         told = "" if self.agreement is None else f"{self.agreement:.1f} % agreement with the original, "
-        line = (
-            f"with 8 bits everywhere, rounded to nearest, {self.images} images: {told}output SQNR {self.sqnr_db:.1f} dB"
-        )
+        line = f"with 8 bits everywhere, rounded to nearest, {images}: {told}output SQNR {self.sqnr_db:.1f} dB"
         if self.survives:
             return line
         causes = ", ".join(f"{name} ({100 * share:.0f} % of the error)" for name, share in self.causes)

@@ -3,3 +3,7 @@
 
 class PTQError(ValueError):
     """Bad input: the message names the value, the rule it breaks and the way out."""
+
+
+class NoValidationImages(PTQError):
+    """The folder of validation images is missing, which what needs calibration images only goes without."""

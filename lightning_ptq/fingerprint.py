@@ -66,6 +66,35 @@ def check_same(saved: Mapping[str, Any], live: Mapping[str, Any], what: str, all
         )
 
 
+def layer_shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the quantized layers' weights by name, in the order of a `PTQModule`'s state dict.
+
+    The same for every method and number of bits: which unit a layer belongs to is left out.
+    """
+    layers = (key for key in state if f"{key}_quantizer.ready" in state)
+    return {key.removeprefix("student.units.").partition(".")[2]: tuple(state[key].shape) for key in layers}
+
+
+def check_architecture(
+    saved: Mapping[str, Tensor], live: Mapping[str, Tensor], saved_name: str, live_name: str
+) -> None:
+    """Refuse the checkpoint of another network, by the two state dicts: it could not be loaded, whatever is allowed."""
+    there, here = layer_shapes(saved), layer_shapes(live)
+    if there == here:
+        return
+    first = next(key for key in (*here, *there) if here.get(key) != there.get(key)).removesuffix(".weight")
+    shapes = " and ".join(_shape(shapes.get(f"{first}.weight")) for shapes in (there, here))
+    raise PTQError(
+        f"the checkpoint belongs to another model: {saved_name} with {len(there)} quantized layers, and this is "
+        f"{live_name} with {len(here)}. The first that differs is {first!r}: {shapes}. Give the model that it was "
+        "calibrated from, or this model's checkpoint."
+    )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "none" if shape is None else "x".join(map(str, shape))
+
+
 def check_version(saved: str, allow_drift: bool = False) -> None:
     """Refuse what another major version of this library wrote: it may mean something else by the same numbers."""
     if saved.split(".")[0] != VERSION.split(".")[0]:

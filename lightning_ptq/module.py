@@ -300,9 +300,11 @@ class PTQModule(Resuming):
         self._select(0)
         loop, epochs = self.trainer.fit_loop, len(self.epoch_names)
         loop.max_epochs = epochs if loop.max_epochs is None or loop.max_epochs < 0 else min(epochs, loop.max_epochs)
-        if self.network_steps:
-            # The last epoch may be shorter than the logging interval of the others; its report is logged all the same.
+        if self.network_steps or not self.method.learns:
+            # The last epoch, and one that learns nothing, may be shorter than the logging interval. Reports are logged
+            # all the same.
             warnings.filterwarnings("ignore", r"The number of training batches", PossibleUserWarning)
+        if self.network_steps:
             # Epochs differ in length, and Lightning asks a loader for its length only when it loads it. The unit loader
             # has no state that would be lost. A larger number would be counted from where a fit is resumed.
             self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]

@@ -148,6 +148,8 @@ class _Formatter(DefaultHelpFormatter):
 class CommandParser(LightningArgumentParser):
     """What a subcommand can't do without is given by position: `compare A B`."""
 
+    path = ""  # of the config that is read
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs, add_help=False, formatter_class=_Formatter)
         self.add_argument("-h", "--help", action=_Help)
@@ -179,6 +181,11 @@ class CommandParser(LightningArgumentParser):
             for action, text in zip(hidden, helps, strict=True):
                 action.help = text
 
+    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As jsonargparse, whose errors do not name the file."""
+        self.path = str(cfg_path)
+        return super().parse_path(cfg_path, *args, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """One line and exit code 2; with --debug behind a traceback."""
         if not self.exit_on_error:  # one of several attempts
@@ -188,7 +195,8 @@ class CommandParser(LightningArgumentParser):
         # What a datamodule refuses comes wrapped.
         told = ex.__cause__ if ex is not None and isinstance(ex.__cause__, PTQError) else None
         parser = getattr(ex, "subcommand_parser", None) or self
-        text = str(told) if told else f"{_one_line(message)}{_suggestion(message, parser)}"
+        known = told or _missing(message, parser) or _no_settings(message, ex, self.path)
+        text = known or f"{_one_line(message)}{_suggestion(message, parser)}"
         sys.stderr.write(f"{PROGRAM}: error: {text}\n")
         self.exit(2)
 
@@ -204,16 +212,29 @@ def version_text() -> str:
 
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
-    """The name that is most like `word`, as a whole or in its last part; None if none is like it."""
+    """The name that is most like `word`, as a whole or in its last part; None if none is like it.
+
+    Of several that have the whole of it for a part, like the `bits` of weights and activations, the nearest three.
+    """
+    names = list(names)
+    group, last = _parts(word)
 
     def likeness(name: str) -> float:
-        parts = (word, name), (word.lstrip("-").split(".")[-1], name.lstrip("-").split(".")[-1])
-        whole, last = (SequenceMatcher(None, a, b).ratio() for a, b in parts)
-        within = 0.8 * (len(parts[1][0]) > 3 and parts[1][0] in parts[1][1])
-        return max(whole, last, within) + 0.1 * whole
+        whole, own = (SequenceMatcher(None, *pair).ratio() for pair in ((word, name), (last, _parts(name)[1])))
+        within = 0.8 * (len(last) > 3 and last in _parts(name)[1])
+        return max(whole, own, within) + 0.1 * whole
 
-    best = max(names, key=likeness, default=None)
-    return best if best is not None and likeness(best) > 0.8 else None
+    ranked = sorted(names, key=likeness, reverse=True)
+    having = [name for name in ranked if last in _parts(name)[1].split("_")]
+    beside = [name for name in having if _parts(name)[0] == group] or having
+    found = beside[:3] or [name for name in ranked[:1] if likeness(name) > 0.8]
+    return " or ".join(filter(None, (", ".join(found[:-1]), found[-1]))) if found else None
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """The group of an option, and its own name in it."""
+    group, _, last = name.lstrip("-").rpartition(".")
+    return group, last
 
 
 def _program_help() -> str:
@@ -309,6 +330,36 @@ def _one_line(message: str) -> str:
     ):
         text = re.sub(pattern, plain, text)
     return text if text.endswith(".") else f"{text}."
+
+
+# What a command can't do without, as its help has it.
+_NEEDED = {"data": "images", "first": "FIRST", "second": "SECOND", "runs": "RUN, a folder that a fit has left"}
+
+
+def _missing(message: str, parser: argparse.ArgumentParser) -> str | None:
+    """What jsonargparse finds missing, and how to give it; None if the message is of something else."""
+    found = re.match(r"the following arguments are required: ([\w., ]+)", message)
+    if found is None:
+        return None
+    command = found[1].split(".")[0] if "." in found[1] else parser.prog.split()[-1]
+    names = [name.removeprefix(f"{command}.") for name in found[1].split(", ")]
+    needed = f"{command} needs {' and '.join(_NEEDED.get(name, name) for name in names)}"
+    if "data" not in names:
+        return f"{needed}. For example: {PROGRAM} {COMMANDS[command][1]}"
+    config = "RUN/config.yaml" if "RUN/config.yaml" in COMMANDS[command][1] else "FILE"
+    return f"{needed}: give --config {config}, or --model.model and --data."
+
+
+def _no_settings(message: str, error: Exception | None, path: str) -> str | None:
+    """Which line of the config at `path` is no YAML, or that it is something else; None if the message is not that."""
+    if message.startswith("Unexpected config: ") and path:
+        return f"config={path!r} holds no settings. Give a YAML file of names and values."
+    cause: Any = error.__cause__ if error is not None else None
+    mark = getattr(cause, "problem_mark", None)
+    if mark is None:
+        return None
+    within = f" ({cause.context})" if cause.context else ""
+    return f"config={path!r}, line {mark.line + 1}: {cause.problem}{within}. Mend the YAML there."
 
 
 def _suggestion(message: str, parser: argparse.ArgumentParser) -> str:

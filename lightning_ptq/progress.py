@@ -16,6 +16,10 @@ from lightning_ptq.calibration import UnitReport
 if TYPE_CHECKING:
     from lightning_ptq.module import PTQModule
 
+# A step of the whole network, in steps of all units together: 0.8 for ResNet-20, 0.6 for ResNet-18, 0.5 where units
+# have the contrastive term (docs/performance.md).
+_NETWORK_STEP = 0.6
+
 
 def can_draw() -> bool:
     """Whether standard output is a terminal that moves its cursor, or a notebook."""
@@ -42,13 +46,18 @@ def current_terms(trainer: L.Trainer, metrics: dict[str, Any]) -> dict[str, Any]
     return {key: value for key, value in metrics.items() if key not in stale}
 
 
-def steps_left(trainer: L.Trainer) -> tuple[int, int]:
-    """Steps that are left of the epoch in progress, and of all epochs after it."""
+def steps_left(trainer: L.Trainer, begins: bool = False) -> tuple[int, float]:
+    """Steps that are left of the epoch in progress, and of all epochs after it, in steps of a unit.
+
+    An epoch that `begins` has no pace yet: it counts as one after.
+    """
     module: PTQModule = trainer.lightning_module  # type: ignore[assignment]
-    limit, last = trainer.limit_train_batches, trainer.max_epochs or 0
-    planned = [module.steps_of(epoch) for epoch in range(trainer.current_epoch + 1, last)]
-    later = sum(int(steps * limit) if isinstance(limit, float) else min(steps, limit) for steps in planned)
-    return int(trainer.num_training_batches) - trainer.fit_loop.batch_idx - 1, later
+    limit, units, later = trainer.limit_train_batches, len(module.student), 0.0
+    for epoch in range(trainer.current_epoch + (not begins), trainer.max_epochs or 0):
+        steps = module.steps_of(epoch)
+        steps = int(steps * limit) if isinstance(limit, float) else min(steps, limit)
+        later += steps * units * _NETWORK_STEP if epoch == units else steps
+    return 0 if begins else int(trainer.num_training_batches) - trainer.fit_loop.batch_idx - 1, later
 
 
 class Pace:
@@ -72,7 +81,7 @@ class Pace:
         """Since that start; 0 before a step is done."""
         return (self.now - since[0]) / (self.steps - since[1]) if self.steps > since[1] else 0.0
 
-    def left(self, unit_steps: int, later_steps: int) -> float:
+    def left(self, unit_steps: int, later_steps: float) -> float:
         """Seconds that the unit's steps and those after it will take: its own pace, and that of the run so far."""
         return unit_steps * self.seconds_per_step(self.unit) + later_steps * self.seconds_per_step(self.run)
 
@@ -100,7 +109,7 @@ class _Units(ProgressBar):
         """Look at the clock where a unit's steps begin."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if batch_idx == 0 or not self._pace.steps:
-            self._tell(trainer, pl_module)
+            self._tell(trainer, pl_module, begins=True)
             self._pace.begin_unit(time.monotonic())
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
@@ -117,25 +126,27 @@ class _Units(ProgressBar):
         """The loss terms of the epoch in progress, images a second, and the time left for the whole run."""
         return self.pace(trainer) | current_terms(trainer, super().get_metrics(trainer, pl_module))
 
-    def pace(self, trainer: L.Trainer) -> dict[str, str]:
-        """Images a second in all processes, and the time left for the whole run."""
+    def pace(self, trainer: L.Trainer, begins: bool = False) -> dict[str, str]:
+        """Images a second in all processes, and the time left for the whole run; `begins`: as in `steps_left`."""
         step = self._pace.seconds_per_step(self._pace.unit)
         if not step:
             return {}
         images = trainer.lightning_module.batch_size * trainer.world_size / step  # type: ignore[operator]
-        left = round(self._pace.left(*steps_left(trainer)))
+        left = round(self._pace.left(*steps_left(trainer, begins)))
         return {"images/s": f"{images:.0f}"} | ({"left": str(timedelta(seconds=left))} if left else {})
 
-    def _tell(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def _tell(self, trainer: L.Trainer, module: L.LightningModule, begins: bool = False) -> None:
         reports: list[UnitReport] = module.reports  # type: ignore[assignment]
         for unit in range(self._told, len(reports)) if self._lines else ():
-            pace = ", ".join(f"{value} {name}" for name, value in self.pace(trainer).items())
+            pace = ", ".join(f"{value} {name}" for name, value in self.pace(trainer, begins).items())
             print(f"{unit_title(trainer, unit)}: {unit_line(reports[unit])}{pace and f', {pace}'}", flush=True)  # noqa: T201
         self._told = len(reports)
 
 
 def unit_line(report: UnitReport) -> str:
     """What became of a unit, in a few words."""
+    if report.accepted and report.mse_before == report.mse_after:  # there was nothing to learn
+        return f"rounded to nearest, error {report.mse_after:.3g}, {report.seconds:.1f} s"
     kept = "" if report.accepted else ", put back"
     return f"error {report.mse_before:.3g} -> {report.mse_after:.3g}{kept}, {report.seconds:.1f} s"
 

@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 
 from lightning_ptq.checkpoint import checked_checkpoint
 from lightning_ptq.config import QuantConfig
-from lightning_ptq.fingerprint import VERSION, check_same, check_version, refuse
+from lightning_ptq.fingerprint import VERSION, check_architecture, check_same, check_version, refuse
 from lightning_ptq.losses import ContrastiveConfig
 from lightning_ptq.steps import Steps
 from lightning_ptq.store import CacheType
@@ -20,6 +20,8 @@ from lightning_ptq.store import CacheType
 FROZEN = ("teacher.", "surroundings.")
 # Settings that came later, with the value that an older checkpoint was made with.
 _ADDED = {"settle": 0.0, "cache_dtype": "float32"}
+# What of the structure the method decides.
+_BY_METHOD = ("granularity", "rounding")
 
 
 class Resuming(Steps):
@@ -29,6 +31,7 @@ class Resuming(Steps):
     critic: ContrastiveConfig
     contrastive: bool
     method_name: str
+    model_name: str
     model_digest: str
     allow_drift: bool
     batch_size: int
@@ -57,6 +60,7 @@ class Resuming(Steps):
         checkpoint["lightning_ptq"] = {
             "version": VERSION,
             "model": self.model_digest,
+            "model_name": self.model_name,
             "structure": self._structure(),
             "settings": self.settings(),
             "built": self._built,
@@ -68,7 +72,13 @@ class Resuming(Steps):
         saved = checked_checkpoint(checkpoint)["lightning_ptq"]
         drift = self.allow_drift
         check_version(saved.get("version", VERSION), drift)
-        check_same(saved["structure"], self._structure(), "quantization config", drift)
+        if saved["model"] != self.model_digest:  # first: another model explains all that differs
+            named = saved.get("model_name", "a network")  # an older checkpoint has no name
+            check_architecture(checkpoint["state_dict"], self.state_dict(), named, self.model_name)
+        theirs, mine, method = saved["structure"], self._structure(), saved["settings"]["method"]
+        if method != self.method_name and any(theirs.get(key) != mine[key] for key in _BY_METHOD):
+            theirs, mine = _by_name(theirs, method), _by_name(mine, self.method_name)
+        check_same(theirs, mine, "quantization config", drift)
         if saved["model"] != self.model_digest:
             refuse(
                 "the checkpoint belongs to a model with other weights. Give the weights that it was calibrated from",
@@ -126,3 +136,8 @@ class Resuming(Steps):
             "cache_dtype": self.cache_dtype,
             "seed": self.seed,
         }
+
+
+def _by_name(structure: dict[str, Any], method: str) -> dict[str, Any]:
+    """The same with the method's name, which is what a user gives, in place of what it decides."""
+    return {key: value for key, value in structure.items() if key not in _BY_METHOD} | {"method": method}

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     from lightning_ptq.module import PTQModule
 
+# What the table may show of a network.
+_SHOWN = ("top1", "agreement", "miou", "sqnr_db")
 # What of the Trainer, beside its precision and processes, decides how calibration proceeds.
 _TRAINER = ("accumulate_grad_batches", "gradient_clip_val", "limit_train_batches", "max_steps")
 
@@ -72,7 +74,7 @@ class RunSummary(Callback):
         told = isinstance(exception, SIGTERMException)
         told |= isinstance(exception, KeyboardInterrupt) and trainer.world_size == 1
         if told and trainer.state.fn == TrainerFn.FITTING and pl_module.session.image_digest is not None:  # type: ignore[union-attr]
-            self._leave(trainer, pl_module)  # type: ignore[arg-type]
+            self._leave(trainer, pl_module, told=True)  # type: ignore[arg-type]
             trainer.strategy.barrier()  # the launcher ends the others with the first process
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -90,8 +92,8 @@ class RunSummary(Callback):
         module.judge_last_unit()
         self._leave(trainer, module)
 
-    def _leave(self, trainer: L.Trainer, module: PTQModule) -> None:
-        """Summary, record, table and report. A collective call."""
+    def _leave(self, trainer: L.Trainer, module: PTQModule, told: bool = False) -> None:
+        """Summary, record, table and report; `told`: the run was told to end. A collective call."""
         folder = run_folder(trainer)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -109,7 +111,8 @@ class RunSummary(Callback):
         bar = trainer.progress_bar_callback
         if bar is not None:
             bar.disable()  # a live bar would be drawn over the result
-        print(f"{table(summary)}\nsummary: {folder / 'summary.json'}", flush=True)  # noqa: T201 (the result)
+        how = "" if summary["complete"] else f"\n{to_go_on(trainer, len(module.reports), told)}"
+        print(f"{table(summary)}{how}\nsummary: {folder / 'summary.json'}", flush=True)  # noqa: T201 (the result)
         report(trainer, module, folder, self.confusions if measured else {})
 
 
@@ -220,6 +223,17 @@ def method_title(summary: dict[str, Any]) -> str:
     return "nearest + corrected biases" if summary["corrected_biases"] else str(summary["method"])
 
 
+def to_go_on(trainer: L.Trainer, done: int, told: bool) -> str:
+    """Where a run that was stopped stands, and how to go on: by a limit of its own, or because it was `told` to end."""
+    saved = (callback.last_model_path for callback in trainer.checkpoint_callbacks)  # type: ignore[attr-defined]
+    path = next(filter(None, saved), trainer.ckpt_path)
+    stands = f"not finished: {'1 unit is' if done == 1 else f'{done} units are'} done"
+    if path is None:
+        return f"{stands}, and there is no last.ckpt yet: begin again."
+    limit = "" if told else ", and lift what stopped it (max_steps, max_epochs, max_time)"
+    return f"{stands}. Go on with --ckpt_path {shlex.quote(str(path))} (or last){limit}."
+
+
 def table(summary: dict[str, Any]) -> str:
     """The result as text: one row each for teacher, round-to-nearest and calibrated student."""
 
@@ -236,8 +250,14 @@ def table(summary: dict[str, Any]) -> str:
     if method_title(summary) == "nearest":  # calibrated it is the same
         rows.pop()
     width = max(len(name) for name, *_ in rows)
-    lines = [f"{'':{width}} {'top-1 %':>9} {'agreement with the teacher %':>30}"]
-    lines += [f"{name:{width}} {cell(top1)} {cell(agreement):>30}" for name, top1, agreement in rows]
+    lines = []
+    if any(summary.get(f"{network}_{measure}") is not None for network in ("teacher", "student") for measure in _SHOWN):
+        lines.append(f"{'':{width}} {'top-1 %':>9} {'agreement with the teacher %':>30}")
+        lines += [f"{name:{width}} {cell(top1)} {cell(agreement):>30}" for name, top1, agreement in rows]
+    elif summary["complete"]:
+        agreed = summary["calibration_agreement"]
+        known = "" if agreed is None else f"; on those of calibration {agreed:.2f} % agreement with the teacher"
+        lines.append(f"no validation images were read{known}")
     names, networks = [name for name, *_ in rows], ("teacher", "nearest", "student")
     for measure, title in (("miou", "mIoU %"), ("sqnr_db", "output SQNR dB")):
         # Of dense outputs, and where there are no classes to agree on.
@@ -246,15 +266,10 @@ def table(summary: dict[str, Any]) -> str:
         if shown and (measure == "miou" or summary["teacher_agreement"] is None):
             lines.append(f"{'':{width}} {title:>14}")
             lines += [f"{name:{width}} {cell(value):>14}" for name, value in zip(names, values, strict=False)]
-    if not summary["complete"]:
-        lines.append(
-            f"not finished: {len(summary['units'])} units are done. To go on, give ckpt_path, the run's "
-            "checkpoints/last.ckpt, and lift what stopped it (max_steps, max_epochs, max_time)."
-        )
     rolled_back = [unit["name"] for unit in summary["units"] if not unit["accepted"]]
     units = [name for name in rolled_back if name != NETWORK]
     kept = "kept as rounded to nearest, since calibration did not improve"
-    if rolled_back and len(rolled_back) == len(summary["units"]):
+    if summary["complete"] and rolled_back and len(rolled_back) == len(summary["units"]):
         return "\n".join(["", *lines, f"{kept} it: the whole network"])
     if units:
         lines.append(f"{kept} them: {', '.join(map(repr, units))}")

@@ -29,7 +29,16 @@ ELSEWHERE = {
 # What parts of the package tell one another, free to change.
 INTERNAL = {
     *("checked", "enter_unit", "input_shape", "judge_last_unit", "leave_units", "settings", "steps_of", "unit_loader"),
-    *("unread_images", "draw_seed", "check", "check_overrides", "corrects_biases", "fixes", "learns_network"),
+    *(
+        "unread_images",
+        "draw_seed",
+        "calibration_count",
+        "check",
+        "check_overrides",
+        "corrects_biases",
+        "fixes",
+        "learns_network",
+    ),
     *("rate_factors", "rounding_progress", "caches", "folder_of_caches"),
 }
 HOOKS = {name for kind in (L.LightningModule, L.LightningDataModule) for name in dir(kind)} - {"load_from_checkpoint"}

@@ -47,8 +47,14 @@ def test_the_table_shows_three_rows_and_what_was_rolled_back() -> None:
     assert lines[4].startswith("qdrop + contrastive, W2A4")
     assert lines[5].endswith("'conv1'")
     assert len(lines) == 6
-    assert "not finished: 2 units are done" in table(summary | {"complete": False})
     assert " - " in table(summary | {"student_top1": None}) + " "
+    nothing = dict.fromkeys(key for key in summary if key.endswith(("_top1", "_agreement")))
+    said = "no validation images were read; on those of calibration 93.75 % agreement with the teacher"
+    assert table(summary | nothing | {"calibration_agreement": 93.75}).splitlines()[1:] == [said, lines[5]]
+    assert (
+        table(summary | nothing | {"calibration_agreement": None}).splitlines()[1] == "no validation images were read"
+    )
+    assert table(summary | nothing | {"complete": False}).splitlines()[1:] == [lines[5]]
 
 
 def test_a_summary_is_replaced_whole(tmp_path: Path) -> None:

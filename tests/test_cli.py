@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -222,9 +223,22 @@ def test_the_configs_are_all_covered_here() -> None:
     assert IMAGENET
 
 
-def test_the_quickstart_runs_as_it_is(tmp_path: Path) -> None:
+def test_the_quickstart_runs_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     run("fit", QUICKSTART, "--trainer.fast_dev_run=true", f"--trainer.default_root_dir={tmp_path}")
+    assert "Trainable params" not in capsys.readouterr().out + caplog.text
     assert not list(tmp_path.iterdir()), "fast_dev_run leaves nothing behind"
+
+
+def test_lightnings_table_of_the_model_is_there_for_who_asks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = ("--trainer.enable_model_summary=true", "--trainer.callbacks=lightning.pytorch.callbacks.ModelSummary")
+    for option in asked:
+        run("fit", QUICKSTART, "--trainer.fast_dev_run=true", f"--trainer.default_root_dir={tmp_path}", option)
+        assert "Trainable params" in capsys.readouterr().out + caplog.text
+        caplog.clear()
 
 
 @pytest.mark.parametrize("config", CIFAR10, ids=lambda path: path.stem)
@@ -246,7 +260,7 @@ def test_the_papers_settings_take_the_place_of_another_config_s(tmp_path: Path) 
 def test_plan_tries_eight_bits_with_the_real_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("plan", QUICKSTART)
     printed = capsys.readouterr().out
-    assert "with 8 bits everywhere, rounded to nearest, 64 images: 100.0 % agreement" in printed
+    assert "with 8 bits everywhere, rounded to nearest, 64 of 512 images for a quick look: 100.0 % agreement" in printed
     assert re.search(r"^caches: [\d.]+ MiB at most \(unit 'layer1'\), in host memory; budget half", printed, re.M)
     state = torch.load(ROOT / "lightning_ptq" / "demo" / "digits.pt", weights_only=True)
     state["layer1.0.bn1.weight"][0] *= 1e4
@@ -260,6 +274,33 @@ def test_plan_tries_eight_bits_with_the_real_weights(tmp_path: Path, capsys: pyt
     printed = capsys.readouterr().out
     assert "not tried with 8 bits: weights='nowhere.pt' is no file" in printed
     assert "no fit: cache='host' needs" in printed
+
+
+def test_what_needs_calibration_images_only_goes_without_others_and_says_how_many_there_are(
+    small_images: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There are 8 calibration images of 1024: the plan says so, and what comes later does not say it again."""
+    shutil.rmtree(small_images / "val")
+    options = ["--model.model=lightning_ptq.models.resnet20", f"--model.weights={weights}",
+               "--data=lightning_ptq.ImageFolderData", f"--data.root={small_images}", "--data.resize=null",
+               "--data.crop=32"]  # fmt: skip
+    with pytest.warns(UserWarning, match="only 8 calibration images") as told:
+        main(["plan", *options])
+    assert len([warning for warning in told if "calibration_samples=" in str(warning.message)]) == 1
+    printed = capsys.readouterr().out
+    assert "11 units for 8 calibration images of shape 3x32x32" in printed
+    table = [float(mib) for mib in re.findall(r"^ +\d+  \S+ +\S+ +[\d,]+ +([\d.]+)$", printed, re.MULTILINE)]
+    images, output = 8 * 3 * 32**2 * 4 / 2**20, 8 * 16 * 32**2 * 4 / 2**20
+    most = float(re.findall(r"^caches: ([\d.]+) MiB at most", printed, re.MULTILINE)[0])
+    assert most == pytest.approx(max(table) + images + output, abs=0.11)
+    assert "with the images and, where a unit ends, its output once more" in printed
+    assert "rounded to nearest, 8 images: " in printed
+    main(["compare", "float", "float", *options])
+    printed = capsys.readouterr().out
+    assert "no validation images: compared on those of calibration" in printed
+    assert "8 images: 100.00 % of classes agree" in printed
+    with pytest.raises(PTQError, match="has no folder 'val'"):
+        main(["fit", *options, f"--trainer.default_root_dir={tmp_path / 'run'}"])
 
 
 @pytest.mark.parametrize("config", IMAGENET, ids=lambda path: path.stem)
@@ -319,6 +360,8 @@ def test_the_installed_command_says_the_same(
         ("--model.weights=nowhere.pt", r"weights='nowhere.pt' is no file"),
         ("--model.weights=configs", r"weights='configs' is no file"),
         ("--model.model=resnet99", r"model='resnet99' .*Unknown model"),
+        ("--model.model=resnet20", r"Unknown model resnet20\. Did you mean lightning_ptq\.models\.resnet20\? Name"),
+        ("--model.model=resnet-18", r"Did you mean resnet18\?"),
         ("--model.model=lightning_ptq.models.resnet99", r"'lightning_ptq.models.resnet99' can't be imported"),
         ("--model.model=nowhere.resnet", r"'nowhere.resnet' can't be imported"),
         ("--model.model=.resnet", r"'.resnet' can't be imported"),
@@ -368,8 +411,12 @@ class Bomb:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda folder: resnet20().state_dict(), r"do not fit CifarResNet: .*layer1\.1"),
-        (lambda folder: [1, 2, 3], "do not fit CifarResNet"),
+        (
+            lambda folder: resnet20().state_dict(),
+            r"do not fit CifarResNet: 72 unexpected \(layer1\.1\.conv1\.weight, layer1\.1\.bn1\.weight, "
+            r"layer1\.1\.bn1\.bias, \.\.\.\), 2 of another shape \(conv1\.weight, linear\.weight\)\. Give",
+        ),
+        (lambda folder: [1, 2, 3], "do not fit CifarResNet: it holds a list, not a state dict"),
         (lambda folder: torch.zeros(3), "do not fit CifarResNet"),
         (lambda folder: {"epoch": 3}, "do not fit CifarResNet"),
         (lambda folder: {"state_dict": {}, "code": Bomb(folder / "ran")}, "can't be read"),
@@ -402,7 +449,7 @@ def test_a_model_of_torchvision_has_as_many_classes_as_its_weights(tmp_path: Pat
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(network(images), trained.eval()(images))
     torch.save(build_model("resnet34").state_dict(), tmp_path / "other.pt")
-    with pytest.raises(PTQError, match=r"other.pt' do not fit ResNet"):
+    with pytest.raises(PTQError, match=r"other.pt' do not fit ResNet: \d+ unexpected"):
         build_network("resnet18", str(tmp_path / "other.pt"))
 
 

@@ -125,6 +125,8 @@ def test_too_few_images_warn_and_are_all_used() -> None:
     with pytest.warns(UserWarning, match=r"data\.calibration_samples=9, but there are only 4 calibration images"):
         images = Numbered(4, calibration_samples=9).calibration_images()
     assert sorted(indices(images)) == [0, 1, 2, 3]
+    assert len(Numbered(4, calibration_samples=9).calibration_images(1, 2)) == 2, "the first process has said it"
+    assert [Numbered(4, calibration_samples=n).calibration_count for n in (3, 9)] == [3, 4]
 
 
 def test_an_empty_data_set_is_refused() -> None:
@@ -332,10 +334,16 @@ def test_ranks_partition_a_loaders_images() -> None:
 
 def test_a_shuffling_loader_gives_the_same_images_each_time() -> None:
     data = CalibrationDataModule.from_loaders(DataLoader(numbered(50), batch_size=4, shuffle=True), seed=5)
-    with pytest.warns(UserWarning, match="only 50"):
-        first, second = data.calibration_images(), data.calibration_images()
+    first, second = data.calibration_images(), data.calibration_images()
     assert indices(first) == indices(second) != list(range(50))
     assert data.images_available == 50
+
+
+def test_a_loader_that_ends_early_is_news_only_where_a_number_was_asked_for() -> None:
+    assert len(CalibrationDataModule.from_loaders([numbered(10)]).calibration_images()) == 10  # warnings are errors
+    asked = CalibrationDataModule.from_loaders([numbered(10)], calibration_samples=11)
+    with pytest.warns(UserWarning, match=r"calibration_samples=11, but there are only 10"):
+        asked.calibration_images()
 
 
 def test_the_validation_loader_is_used_as_it_is() -> None:

@@ -29,6 +29,8 @@ def test_a_sound_network_survives_and_is_left_as_it_was() -> None:
     assert found.agreement >= 97
     assert not found.causes
     assert found.text().count("\n") == 0
+    assert ", 64 images: " in found.text(of=64)
+    assert ", 64 of 300 images for a quick look: " in found.text(of=300)
     assert all(torch.equal(value, before[name]) for name, value in pair.student.state_dict().items() if "ready" in name)
     inner = [q.bits for q in (*act_quantizers(pair.student), *weight_quantizers(pair.student))]
     assert 2 in inner

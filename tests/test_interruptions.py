@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,32 @@ def test_sigterm_ends_behind_a_checkpoint_of_the_step_with_the_shells_exit_code(
     assert signal.getsignal(signal.SIGTERM) is before
     assert saved(tmp_path / "run")["global_step"] == step
     assert_goes_on(tmp_path)
+
+
+def test_what_ended_a_run_decides_what_is_said_of_going_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(name: str, **how: Any) -> list[str]:
+        with suppress(SystemExit):
+            trainer(tmp_path / name, **how).fit(tiny_module(), datamodule=tiny_data())
+        printed = capsys.readouterr().out.splitlines()
+        assert printed[-1] == f"summary: {tmp_path / name / 'summary.json'}"
+        return [line for line in printed[:-1] if line and not line.startswith("kept as")]
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    def go_on(name: str) -> str:
+        return f"Go on with --ckpt_path {tmp_path / name / 'checkpoints' / 'last.ckpt'} (or last)"
+
+    early = said("early", callbacks=[At(3, interrupt)])
+    assert early == ["not finished: 0 units are done, and there is no last.ckpt yet: begin again."]
+    later = said("later", callbacks=[At(9, interrupt)])
+    assert later == [f"not finished: 1 unit is done. {go_on('later')}."], "no table, and nothing to lift"
+    terminated = said("terminated", callbacks=[At(14, terminate)])
+    assert terminated == [f"not finished: 2 units are done. {go_on('terminated')}."]
+    (limited,) = said("limited", max_steps=14)
+    assert limited.startswith(
+        f"not finished: 2 units are done. {go_on('limited')}, and lift what stopped it (max_steps"
+    )
 
 
 def test_sigterm_in_the_sanity_check_is_heard(tmp_path: Path) -> None:

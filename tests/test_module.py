@@ -303,12 +303,20 @@ def test_validation_needs_no_labels(tmp_path: Path) -> None:
     assert summary["teacher_agreement"] is not None
 
 
-def test_no_validation_at_all_still_finishes(tmp_path: Path) -> None:
+def test_no_validation_at_all_still_finishes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = tiny_module()
     data = CalibrationDataModule.from_loaders(tiny_images().split(16), calibration_samples=40)
     trainer(tmp_path).fit(module, datamodule=data)
     assert len(module.reports) == 5
-    assert json.loads((tmp_path / "summary.json").read_text())["teacher_agreement"] is None
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["teacher_agreement"] is None
+    assert f"on those of calibration {summary['calibration_agreement']:.2f} % agreement" in capsys.readouterr().out
+
+
+def test_one_step_for_what_learns_nothing_is_no_warning(tmp_path: Path) -> None:
+    module = tiny_module(method="nearest")
+    trainer(tmp_path, log_every_n_steps=50).fit(module, datamodule=tiny_data())  # warnings are errors
+    assert len(module.reports) == 4
 
 
 def test_weight_quantizers_hold_hard_rounding_in_the_end(fitted) -> None:

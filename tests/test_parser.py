@@ -89,6 +89,10 @@ def test_all_has_every_option_and_no_endless_list_of_classes(parser: Any) -> Non
         (["fit", "--model.step_per_unit=3"], "Did you mean --model.steps_per_unit?"),
         (["fit", "--steps_per_unit", "3"], "Did you mean --model.steps_per_unit?"),
         (["fit", "--weight_bits", "3"], "Did you mean --model.quant.weight_bits?"),
+        (
+            ["fit", "--model.quant.bits=3"],
+            "Did you mean --model.quant.act_bits, --model.quant.weight_bits or --model.quan",
+        ),
         (["fit", "--zzz", "3"], "lightning-ptq fit --help all lists what there is."),
         (["fti"], "Did you mean fit?"),
         ([], "lightning-ptq --help says what each does."),
@@ -98,6 +102,13 @@ def test_all_has_every_option_and_no_endless_list_of_classes(parser: Any) -> Non
         (["fit", "--data=lightning_ptq.DigitsData", "--data.samples=8"], "Did you mean calibration_samples?"),
         (["fit", "--model.method=magic"], "Expected one of 'nearest', 'adaround'"),
         (["fit", "--config=nowhere.yaml"], "File does not exist"),
+        (["fit"], "error: fit needs images: give --config FILE, or --model.model and --data."),
+        (
+            ["compare", "float", "a.onnx"],
+            "compare needs images: give --config RUN/config.yaml, or --model.model and --data.",
+        ),
+        (["compare", "float"], "compare needs SECOND and images: give --config"),
+        (["report"], "report needs RUN, a folder that a fit has left. For example: lightning-ptq report RUN"),
         (["--completion", "dos"], "choose one of bash"),
     ],
 )
@@ -123,12 +134,35 @@ def test_a_wrong_key_of_a_config_is_treated_alike(
     assert "Did you mean --model.quant.weight_bits?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model:\n  quant:\n    act_bits: 4\n   method: qdrop\n", ", line 4: "),
+        ("model: [\n", ", line 2: "),
+        ("words\n", " holds no settings. Give a YAML file"),
+        ("", " holds no settings. Give a YAML file"),
+    ],
+)
+def test_a_config_that_is_no_yaml_is_named_with_the_line(
+    parser: Any, tmp_path: Path, text: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["fit", f"--config={tmp_path / 'config.yaml'}"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"error: config='{tmp_path / 'config.yaml'}'{said}" in line
+    assert "<unicode string>" not in line
+
+
 def test_the_nearest_name_is_like_the_wrong_one_or_none() -> None:
     names = ["--model.steps_per_unit", "--model.network_steps", "--trainer.max_steps"]
     assert nearest("--model.stepsperunit", names) == "--model.steps_per_unit"
     assert nearest("--max_step", names) == "--trainer.max_steps"
     assert nearest("--model.banana", names) is None
     assert nearest("--x", []) is None
+    bits = ["--data.bits_of", "--quant.act_bits", "--quant.weight_bits", "--other.bits_per"]
+    assert nearest("--quant.bits", bits) == "--quant.act_bits or --quant.weight_bits"
+    assert nearest("--critic.bits", bits[:2]) == "--data.bits_of or --quant.act_bits"
 
 
 def test_the_version_names_what_decides_a_result(parser: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
 from lightning_ptq import progress
-from lightning_ptq.progress import Pace, UnitRichBar, UnitTQDMBar, can_draw, steps_left
+from lightning_ptq.calibration import UnitReport
+from lightning_ptq.progress import Pace, UnitRichBar, UnitTQDMBar, can_draw, steps_left, unit_line
 from tests.helpers import tiny_data, tiny_module, trainer
 
 
@@ -87,18 +91,37 @@ def test_the_time_left_is_that_of_the_units_pace_and_then_of_the_runs() -> None:
     assert pace.left(4, 6) == pytest.approx(4 * 0.5 + 6 * 10.5 / 3)
 
 
-@pytest.mark.parametrize(("limit", "later"), [(1.0, 6 + 6 + 3), (0.5, 3 + 3 + 1), (4, 4 + 4 + 3)])
-def test_steps_left_are_those_that_the_trainer_will_make(tmp_path: Path, limit: float, later: int) -> None:
-    found: list[tuple[int, int]] = []
+@pytest.mark.parametrize(("limit", "later"), [(1.0, 6 + 6 + 7.2), (0.5, 3 + 3 + 2.4), (4, 4 + 4 + 7.2)])
+def test_steps_left_are_those_that_the_trainer_will_make(tmp_path: Path, limit: float, later: float) -> None:
+    """One of the whole network goes through all four units, and counts as 2.4 of them."""
+    found: list[tuple[int, float]] = []
 
     class Look(UnitRichBar):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):  # type: ignore[no-untyped-def]
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             if trainer.current_epoch == 1 and batch_idx == 0:
-                found.append(steps_left(trainer))
+                found.extend(steps_left(trainer, begins) for begins in (False, True))
 
     fit = trainer(tmp_path, enable_progress_bar=True, callbacks=[Look()], limit_train_batches=limit)
     fit.fit(tiny_module(network_steps=3), datamodule=tiny_data())
-    (left,) = found
     steps = int(6 * limit) if isinstance(limit, float) else min(6, limit)
-    assert left == (steps - 1, later)
+    assert found == [(steps - 1, pytest.approx(later)), (0, pytest.approx(steps + later))]
+
+
+def test_the_last_epoch_counts_as_what_it_is_when_it_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that a second goes by at each look: one at every step, and one where a unit begins."""
+    ticks = itertools.count()
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    fit = trainer(tmp_path, enable_progress_bar=True)
+    fit.fit(tiny_module(steps_per_unit=60, network_steps=60), datamodule=tiny_data())
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("unit 4/5")]
+    assert "0:02:26 left" in told[0], "60 steps, each 0.6 of what the 4 units' took: 144, where 240 took 243 seconds"
+
+
+def test_what_learns_nothing_is_not_told_as_a_failure() -> None:
+    same = UnitReport("conv1", 0.00247, 0.00247, 30.0, 1.0, 1.0, 0.1, -1.0, 0.0, True, 0.5)
+    assert unit_line(same) == "rounded to nearest, error 0.00247, 0.5 s"
+    assert unit_line(replace(same, accepted=False)) == "error 0.00247 -> 0.00247, put back, 0.5 s"
+    assert unit_line(replace(same, mse_after=0.002)) == "error 0.00247 -> 0.002, 0.5 s"

@@ -9,11 +9,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import torchvision
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 import lightning_ptq
-from lightning_ptq import Augmentation, ContrastiveConfig, PTQError
-from tests.helpers import assert_equal_states, quantization_state, tiny_data, tiny_module, trainer
+from lightning_ptq import Augmentation, ContrastiveConfig, PTQError, PTQModule, QuantConfig
+from tests.helpers import assert_equal_states, quantization_state, tiny_data, tiny_module, tiny_net, trainer
 
 pytestmark = [
     # Runs here resume without the callback that wrote the checkpoints, and into a folder of their own.
@@ -179,9 +180,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_checkpoint_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    from lightning_ptq import PTQModule, QuantConfig
-    from tests.helpers import tiny_net
-
     net = tiny_net()
     net.fc.weight.data += 1e-3
     other = PTQModule(net, QuantConfig(2, 2), steps_per_unit=6, batch_size=8, seed=3)
@@ -190,9 +188,6 @@ def test_a_checkpoint_of_another_model_is_refused(checkpoint: Path, tmp_path: Pa
 
 
 def test_a_checkpoint_of_another_config_is_refused_and_named(checkpoint: Path, tmp_path: Path) -> None:
-    from lightning_ptq import PTQModule, QuantConfig
-    from tests.helpers import tiny_net
-
     other = PTQModule(tiny_net(), QuantConfig(2, 4), steps_per_unit=6, batch_size=8, seed=3)
     with pytest.raises(PTQError, match="quantization config: act_bits=2 in the checkpoint, 4 here"):
         trainer(tmp_path).validate(other, datamodule=tiny_data(), ckpt_path=checkpoint)
@@ -200,6 +195,33 @@ def test_a_checkpoint_of_another_config_is_refused_and_named(checkpoint: Path, t
         trainer(tmp_path).fit(tiny_module(steps_per_unit=7), datamodule=tiny_data(), ckpt_path=checkpoint)
     with pytest.raises(PTQError, match="precision='32-true' in the checkpoint, 'bf16-mixed' here"):
         trainer(tmp_path, precision="bf16-mixed").fit(tiny_module(), datamodule=tiny_data(), ckpt_path=checkpoint)
+
+
+def test_another_network_is_named_before_its_settings_and_not_for_experts_either(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    said = (
+        r"another model: TinyNet with 6 quantized layers, and this is ResNet with 21\. The first that differs is "
+        r"'conv1': none and 64x3x7x7\. Give the model"
+    )
+    quant = QuantConfig(2, 4)
+    other = PTQModule(torchvision.models.resnet18().eval(), quant, "adaround", allow_drift=True)
+    with pytest.raises(PTQError, match=said) as told:
+        other.restore(torch.load(checkpoint, weights_only=True))
+    assert "allow_drift" not in str(told.value)
+    wider = tiny_net()
+    wider.fc = torch.nn.Linear(8, 7)
+    older = torch.load(checkpoint, weights_only=True)
+    del older["lightning_ptq"]["model_name"]
+    with pytest.raises(PTQError, match=r"a network with 6 .* this is TinyNet with 6\. .* is 'fc': 5x8 and 7x8\."):
+        PTQModule(wider.eval(), QuantConfig(2, 2)).restore(older)
+
+
+def test_where_the_method_differs_it_is_named_and_not_what_it_decides(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(PTQError, match=r"quantization config: method='qdrop' in the checkpoint, 'adaround' here\. Use"):
+        trainer(tmp_path).fit(tiny_module(method="adaround"), datamodule=tiny_data(), ckpt_path=checkpoint)
+    with pytest.raises(PTQError, match=r"config: rounding='adaround' in the checkpoint, 'flexround' here\. Use"):
+        trainer(tmp_path).fit(tiny_module(rounding="flexround"), datamodule=tiny_data(), ckpt_path=checkpoint)
 
 
 def test_a_checkpoint_of_other_images_is_refused(checkpoint: Path, tmp_path: Path) -> None:
