@@ -32,8 +32,8 @@ class LayerPlan:
     """A quantized layer: its name and type, the index of its unit, its bits and its number of float parameters.
 
     `act_bits` are the bits of the activation that it `reads`, by its quantizer's name. `gives` is the quantizer of its
-    output, or of that of the ReLU behind it, if there is one. Bits that are `fixed` follow from the edge policy or an
-    override.
+    output, or of what a ReLU, a pool or a view makes of it, if there is one. Bits that are `fixed` follow from the
+    edge policy or an override.
     """
 
     name: str

@@ -44,6 +44,14 @@ def result(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
     return readers[0] if len(readers) == 1 and does(gm, readers[0], _FUSED_OPS, _FUSED) else node
 
 
+def moved(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
+    """What the kernel that computes `node` gives, and what becomes of it where it is only moved about, in order."""
+    found = [result(gm, node)]
+    while len(readers := list(found[-1].users)) == 1 and does(gm, readers[0], _MOVE_OPS, _MOVES):
+        found += readers
+    return found
+
+
 def does(gm: fx.GraphModule, node: fx.Node, ops: frozenset[str], modules: tuple[type, ...]) -> bool:
     """Whether a node calls one of these functions, or a module of one of these classes."""
     if node.op == "call_module":

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_ptq.config import LayerBits, QuantConfig
 from lightning_ptq.errors import PTQError
-from lightning_ptq.graph.hardware import kernels, origin, result
+from lightning_ptq.graph.hardware import kernels, moved, origin, result
 from lightning_ptq.graph.trace import has_attribute, is_inside, is_torch_op, node_kinds, op_name, words
 from lightning_ptq.layers import is_quantizable
 from lightning_ptq.quantizers import ActQuantizer, LogQuantizer
@@ -42,7 +42,7 @@ class Placement:
         fixed: layers whose bits follow from the edge policy or an override.
         quantizers: quantizer nodes.
         reads: layer node -> name of the quantizer of what it reads.
-        gives: layer node -> name of the quantizer of its output, or of that of the activation behind it, if any.
+        gives: layer node -> name of the quantizer of its output, or of what a ReLU, a pool or a view makes of it.
     """
 
     gm: fx.GraphModule
@@ -86,7 +86,7 @@ def place_quantizers(gm: fx.GraphModule, config: QuantConfig, leaf_modules: Sequ
                 needs.setdefault(producer, []).append(wanted[node].act_bits)
     for producer in around_kernels(gm, list(wanted)) if hardware else ():
         needs.setdefault(producer, []).append(config.act_bits)
-    outputs = {node: result(gm, node) for node in nodes}
+    outputs = {node: moved(gm, node) for node in nodes}
     inserted: dict[fx.Node, fx.Node] = {}
     for producer, bits in needs.items():
         kind = LogQuantizer if config.softmax == "log2" and is_softmax(gm, producer) else ActQuantizer
@@ -98,7 +98,8 @@ def place_quantizers(gm: fx.GraphModule, config: QuantConfig, leaf_modules: Sequ
     fixed |= {n for n in nodes if shared.intersection(read[n])}
     layers = {n: LayerBits(wanted[n].weight_bits, max(needs[read[n][0]])) for n in nodes}
     reads = {n: str(inserted[read[n][0]].target) for n in nodes}
-    gives = {n: str(inserted[out].target) for n, out in outputs.items() if out in inserted}
+    behind = {n: next((x for x in found if x in inserted), None) for n, found in outputs.items()}
+    gives = {n: str(inserted[x].target) for n, x in behind.items() if x is not None}
     return Placement(gm, layers, products, frozenset(fixed), frozenset(inserted.values()), reads, gives)
 
 

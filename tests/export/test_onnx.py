@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lightning_ptq import PTQError, QuantConfig
 from lightning_ptq.cli import main
 from lightning_ptq.export.onnx import load_onnx, nibbles
 from lightning_ptq.export.parity import in_double
-from tests.helpers import tiny_data, tiny_images, tiny_module, trainer
+from tests.helpers import tiny_data, tiny_images, tiny_module, tiny_net, trainer
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -98,12 +99,27 @@ def test_with_hardware_placement_integer_kernels_do_the_work(tmp_path: Path, bit
         assert not {"Conv", "DequantizeLinear"}.intersection(ops)
 
 
-@pytest.mark.parametrize("bits", [8, 3])
-def test_biases_are_simulated_as_the_runtime_rounds_them(tmp_path: Path, bits: int) -> None:
+def pooled_net() -> nn.Module:
+    """Layers whose outputs are pooled and flattened before they are quantized."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Flatten(),
+        nn.LazyLinear(6), nn.ReLU(), nn.Linear(6, 5),
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize(("bits", "net"), [(8, tiny_net), (3, tiny_net), (8, pooled_net)])
+def test_biases_are_simulated_as_the_runtime_rounds_them(
+    tmp_path: Path, bits: int, net: Callable[[], nn.Module]
+) -> None:
     """It makes int32 multiples of those between two quantizers of 8 bits, without being asked."""
     import onnxruntime
 
-    module = fitted(tmp_path, QuantConfig(bits, 8))
+    model = net()
+    with torch.no_grad():
+        model(tiny_images(2))  # the lazy layer's shape
+    module = ptq.PTQModule(model, QuantConfig(bits, 8), steps_per_unit=3, batch_size=8, seed=3)
+    trainer(tmp_path, logger=False).fit(module, datamodule=tiny_data())
     path, optimised = tmp_path / "model.onnx", tmp_path / "optimised.onnx"
     ptq.export_onnx(module, path)
     options = onnxruntime.SessionOptions()
