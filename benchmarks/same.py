@@ -120,6 +120,7 @@ def main() -> None:
                     append(args.out, COLUMNS, [in_process("same", *options)])
         rows = [row for row in read(args.out) if int(row["steps"]) == args.steps]
         print("\n".join(table(rows, bits, variants, args.seeds)), flush=True)
+    print(f"commits: {', '.join(sorted({row['commit'] for row in read(args.out)}))}")
 
 
 def read(path: Path) -> list[dict[str, str]]:

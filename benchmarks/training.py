@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, interpolate, pad
 from benchmarks.common import trained
 from lightning_ptq import ImageFolderData
 
-# torchvision's networks learn the shared images at so many pixels, for so many epochs (0: as they are).
+# torchvision's networks learn the shared images at so many pixels, for so many epochs.
 SIZE = 64
 EPOCHS = {"resnet18": 12, "mobilenet_v2": 20, "efficientnet_b0": 40, "vit_b_16": 1}
 
@@ -79,9 +79,6 @@ def briefly_trained(name: str, root: Path, folder: Path) -> nn.Module:
     if file.exists():
         model.load_state_dict(torch.load(file, weights_only=True))
         return model.eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.1
     images, targets = shared_images(root)
     train(model, resized(images), targets, EPOCHS[name], 5e-4 if transformer else 2e-3, batch=32)
     folder.mkdir(parents=True, exist_ok=True)

@@ -54,13 +54,13 @@ class UnitCheckpoint(ModelCheckpoint):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save once where a run that was done already is continued: every run folder has its checkpoint."""
-        if not self._saved:
+        if not self._saved and pl_module.reports:
             self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
-        self._saved = True
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if fitting and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._saved = True
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 

@@ -444,9 +444,11 @@ class PTQModule(Resuming):
         """Judge a unit that was not because the fit resumed behind its last step, where Lightning runs no loop."""
         done = self.trainer.current_epoch
         if len(self.session.reports) < done and self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self.to(self.trainer.strategy.root_device)  # which Lightning has taken it from by then
             self.enter_unit(done - 1, first_step=self.steps_of(done - 1))
             self._finish(done - 1)
             self.leave_units()
+            self.cpu()
 
     def leave_units(self) -> None:
         """Train no unit any more and drop the caches."""

@@ -339,9 +339,9 @@ _NEEDED = {"data": "images", "first": "FIRST", "second": "SECOND", "runs": "RUN,
 def _missing(message: str, parser: argparse.ArgumentParser) -> str | None:
     """What jsonargparse finds missing, and how to give it; None if the message is of something else."""
     found = re.match(r"the following arguments are required: ([\w., ]+)", message)
-    if found is None:
+    command = "" if found is None else found[1].split(".")[0] if "." in found[1] else parser.prog.split()[-1]
+    if found is None or command not in COMMANDS:
         return None
-    command = found[1].split(".")[0] if "." in found[1] else parser.prog.split()[-1]
     names = [name.removeprefix(f"{command}.") for name in found[1].split(", ")]
     needed = f"{command} needs {' and '.join(_NEEDED.get(name, name) for name in names)}"
     if "data" not in names:

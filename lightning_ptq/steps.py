@@ -30,7 +30,7 @@ _POINTS = 20
 
 
 class Steps(QuickName, Evaluation):
-    """The part of a `PTQModule` that Lightning calls at every step; it changes nothing but learning rates.
+    """The part of a `PTQModule` that Lightning calls at every step; it changes no parameter.
 
     Attributes:
         epoch_names: the units', and that of the whole network's epoch if there is one.

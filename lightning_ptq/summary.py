@@ -97,7 +97,9 @@ class RunSummary(Callback):
         folder = run_folder(trainer)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        unread = torch.tensor(trainer.datamodule.unread_images, device=module.device)  # type: ignore[attr-defined]
+        # Not the module's device: where a fit ends, Lightning has moved that to the CPU, which NCCL does not reduce.
+        device = trainer.strategy.root_device
+        unread = torch.tensor(trainer.datamodule.unread_images, device=device)  # type: ignore[attr-defined]
         skipped = trainer.strategy.reduce(unread, reduce_op="sum").tolist()
         if not trainer.is_global_zero:
             return
@@ -247,8 +249,9 @@ def table(summary: dict[str, Any]) -> str:
         (f"nearest, {bits}", summary["nearest_top1"], summary["nearest_agreement"]),
         (f"{method_title(summary)}, {bits}", summary["student_top1"], summary["teacher_agreement"]),
     ]  # fmt: skip
-    if method_title(summary) == "nearest":  # calibrated it is the same
-        rows.pop()
+    networks = ["teacher", "nearest", "student"]
+    if method_title(summary) == "nearest":  # calibrated it is the same, but for what biases are rounded to
+        del rows[1], networks[1]
     width = max(len(name) for name, *_ in rows)
     lines = []
     if any(summary.get(f"{network}_{measure}") is not None for network in ("teacher", "student") for measure in _SHOWN):
@@ -258,14 +261,14 @@ def table(summary: dict[str, Any]) -> str:
         agreed = summary["calibration_agreement"]
         known = "" if agreed is None else f"; on those of calibration {agreed:.2f} % agreement with the teacher"
         lines.append(f"no validation images were read{known}")
-    names, networks = [name for name, *_ in rows], ("teacher", "nearest", "student")
+    names = [name for name, *_ in rows]
     for measure, title in (("miou", "mIoU %"), ("sqnr_db", "output SQNR dB")):
         # Of dense outputs, and where there are no classes to agree on.
         values = [summary.get(f"{network}_{measure}") for network in networks]
         shown = any(value is not None for value in values)
         if shown and (measure == "miou" or summary["teacher_agreement"] is None):
             lines.append(f"{'':{width}} {title:>14}")
-            lines += [f"{name:{width}} {cell(value):>14}" for name, value in zip(names, values, strict=False)]
+            lines += [f"{name:{width}} {cell(value):>14}" for name, value in zip(names, values, strict=True)]
     rolled_back = [unit["name"] for unit in summary["units"] if not unit["accepted"]]
     units = [name for name in rolled_back if name != NETWORK]
     kept = "kept as rounded to nearest, since calibration did not improve"

@@ -18,15 +18,14 @@ from lightning_ptq.graph.hardware import does
 from lightning_ptq.graph.trace import words
 from lightning_ptq.layers import QuantizedLayer
 from lightning_ptq.quantizers import ActQuantizer
-from lightning_ptq.store import widened
+from lightning_ptq.store import chunks, widened
 
-# In steps of the quantizer: what sums in another order differ by at most, and how far a bias may move, nearest first.
+# In steps of the quantizer: what sums in another order differ by as a rule, and how far a bias may move, nearest first.
 _NEAR = 3e-5
 _MOVES = tuple(sorted((k * 1e-4 for k in range(-8, 9)), key=abs))
-_IMAGES = 64
 # With eight bits sums are of many numbers, and some biases are multiples that a kernel wants.
 _FEW_BITS = 7
-# What a constant passes that is added to a channel before it.
+# What a constant passes that is added to a channel before it, unless a ReLU saturates.
 _PASSES = words("relu relu6 add dropout")
 
 
@@ -34,45 +33,55 @@ _PASSES = words("relu relu6 add dropout")
 def steer_clear(student: Chain, images: Tensor, device: torch.device, mean: Callable[[Tensor], Tensor]) -> None:
     """Move biases by less than a thousandth of a step where fewer values of a channel then lie on a tie, in place.
 
+    One pass for each unit: what a move changes behind it in the same unit is not looked at again.
+
     Args:
-        images: what the student reads (N, ...); the first 64 are looked at.
+        images: what the student reads (N, ...); the first 64 are looked at, or fewer large ones.
         mean: averages a tensor over processes.
     """
-    x = widened(images[:_IMAGES].to(device))
+    x = widened(next(chunks(images)).to(device))
     moves = torch.tensor(_MOVES, device=device)
     with in_float32(device):
         for unit in student.units:
             assert isinstance(unit, fx.GraphModule)
-            for quantizer, layer, read in few_bit_quantizers(unit, x):
-                best = first_least(mean(ties(read, quantizer, layer.channel_dim)))
-                layer.weight_quantizer.bias_shift.add_(moves[best] * quantizer.scale)
+            for quantizer, layer, counts in few_bit_quantizers(unit, x):
+                layer.weight_quantizer.bias_shift.add_(moves[first_least(mean(counts))] * quantizer.scale)
             x = unit(x)
 
 
 def few_bit_quantizers(unit: fx.GraphModule, x: Tensor) -> list[tuple[ActQuantizer, QuantizedLayer, Tensor]]:
-    """The unit's quantizers of few bits, the layer whose bias moves what each reads, each once, and what it reads.
+    """The unit's quantizers of few bits, the layer whose bias moves what each reads, each once, and their `ties`.
 
     Args:
         x: the unit's input (N, ...).
     """
-    found: dict[QuantizedLayer, tuple[ActQuantizer, str]] = {}
+    fed: dict[QuantizedLayer, ActQuantizer] = {}
     for node in unit.graph.nodes:
         quantizer = unit.get_submodule(str(node.target)) if node.op == "call_module" else None
         if type(quantizer) is ActQuantizer and quantizer.bits <= _FEW_BITS:
             layer = layer_before(unit, node.all_input_nodes[0])
             if layer is not None:
-                found.setdefault(layer, (quantizer, str(node.target)))
-    read: dict[str, Tensor] = {}
-    hooks = [
-        quantizer.register_forward_pre_hook(lambda _, args, name=name: read.update({name: args[0]}))
-        for quantizer, name in found.values()
-    ]
+                fed.setdefault(layer, quantizer)
+    if not fed:
+        return []
+    counts: dict[nn.Module, Tensor] = {}
+
+    def count(layer: QuantizedLayer) -> Callable[[nn.Module, tuple[Tensor]], None]:
+        def look(quantizer: nn.Module, read: tuple[Tensor]) -> None:
+            assert isinstance(quantizer, ActQuantizer)
+            # Not where a sum spreads one channel over several.
+            if read[0].shape[layer.channel_dim] == len(layer.weight_quantizer.bias_shift):
+                counts[layer] = ties(read[0], quantizer, layer.channel_dim)
+
+        return look
+
+    hooks = [quantizer.register_forward_pre_hook(count(layer)) for layer, quantizer in fed.items()]
     try:
         unit(x)
     finally:
         for hook in hooks:
             hook.remove()
-    return [(quantizer, layer, read[name]) for layer, (quantizer, name) in found.items()]
+    return [(quantizer, layer, counts[layer]) for layer, quantizer in fed.items() if layer in counts]
 
 
 def layer_before(unit: fx.GraphModule, node: fx.Node) -> QuantizedLayer | None:

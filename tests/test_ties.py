@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_ptq import PTQModule, QuantConfig
 from lightning_ptq.quantizers import ActQuantizer
-from lightning_ptq.ties import few_bit_quantizers, first_least, layer_before, steer_clear, ties
+from lightning_ptq.ties import _MOVES, few_bit_quantizers, first_least, layer_before, steer_clear, ties
 from tests.helpers import tiny_data, tiny_images, tiny_module, trainer
 
 CPU = torch.device("cpu")
@@ -49,8 +50,12 @@ def test_a_value_that_turns_up_everywhere_is_moved_off_its_tie(module: PTQModule
     x = images
     for unit in module.student.units:
         with torch.no_grad():
-            for q, layer, read in few_bit_quantizers(unit, x):  # type: ignore[arg-type]
-                values, counts = read[:, 0].unique(return_counts=True)
+            for q, layer, _ in few_bit_quantizers(unit, x):  # type: ignore[arg-type]
+                read: list[Tensor] = []
+                hook = q.register_forward_pre_hook(lambda _, args, read=read: read.append(args[0]))
+                unit(x)
+                hook.remove()
+                values, counts = read[0][:, 0].unique(return_counts=True)
                 counts[(values <= 0.3 * q.scale) | (values > 6 * q.scale)] = 0
                 if counts.any():
                     value = values[counts.argmax()]
@@ -83,21 +88,54 @@ def test_what_has_no_ties_stays_as_it_is(module: PTQModule) -> None:
     assert not any(on_a_tie(*found) for found in few.values())
     state = {name: value.clone() for name, value in module.student.state_dict().items()}
     steer_clear(module.student, images, CPU, lambda x: x)
-    moved = {name for name, value in module.student.state_dict().items() if not torch.equal(value, state[name])}
-    assert all(name.endswith("bias_shift") for name in moved)
-    again = {name: value.clone() for name, value in module.student.state_dict().items()}
-    steer_clear(module.student, images, CPU, lambda x: x)
-    assert all(torch.equal(value, again[name]) for name, value in module.student.state_dict().items())
+    assert all(torch.equal(value, state[name]) for name, value in module.student.state_dict().items())
 
 
 def test_counts_are_those_of_a_plain_loop(module: PTQModule) -> None:
     q = next(q for q, _ in read_by_quantizers(module, tiny_images(2)).values() if q.bits == 3)
-    steps = torch.tensor([[0.5, 1.5, 1.5001, 2.4999], [0.49995, 3.0, 9.5, 2.49993]])[:, :, None, None]
-    counts = ties(steps * q.scale, q, 1)
-    assert counts.shape == (17, 4)
-    assert counts[0].tolist() == [1, 1, 0, 0]  # as it is; 9.5 is beyond the grid
-    assert (counts.sum(0) <= 4).all()
+    steps = torch.tensor([[0.5, 1.5, 1.5001, 2.4999], [0.4997, 3.0, 9.5, 2.4995]])[:, :, None, None]
+    x = steps * q.scale
+    expected = [[0] * 4 for _ in _MOVES]
+    for row in range(2):
+        for channel in range(4):
+            value = x[row, channel].double().item() / q.scale.double().item()
+            for move, count in zip(_MOVES, expected, strict=True):
+                shifted = value + move
+                if value < 7.0 and abs(shifted - round(shifted - 0.5) - 0.5) < 3e-5:  # 9.5 is beyond the grid
+                    count[channel] += 1
+    counts = ties(x, q, 1)
+    assert counts.tolist() == expected
+    assert sum(map(sum, expected)) == 6
+    assert [_MOVES[0], *map(abs, _MOVES[1:3])] == [0.0, 1e-4, 1e-4]
     assert first_least(torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 3.0], [0.0, 0.0, 1.0]])).tolist() == [1, 0, 2]
+
+
+class Gated(nn.Module):
+    """A sum of one channel with eight, and linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.gate, self.branch = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 1, 1), nn.Conv2d(8, 8, 1)
+        self.behind = nn.Conv2d(8, 8, 1)
+        self.a, self.b = nn.Linear(8, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = self.behind((self.gate(x) + self.branch(x)).relu())
+        return self.b(self.a(x.mean((2, 3))).relu())
+
+
+@pytest.mark.parametrize("granularity", ["block", "net"])
+def test_a_channel_that_a_sum_spreads_over_several_is_left_alone(tmp_path: Path, granularity: Any) -> None:
+    torch.manual_seed(0)
+    module = PTQModule(
+        Gated().eval(), QuantConfig(3, 3, edges="same"), "nearest", granularity=granularity, batch_size=8
+    )
+    trainer(tmp_path).fit(module, datamodule=tiny_data())
+    few = [found for found in read_by_quantizers(module, tiny_images(40)).values() if found[0].bits == 3]
+    assert len(few) == 5, "of the images, and of what the layers read"
+    gate = next(m for name, m in module.student.named_modules() if name.endswith("gate"))
+    assert not gate.weight_quantizer.bias_shift.any()  # type: ignore[operator,union-attr]
 
 
 def test_biases_of_sums_and_behind_relu_are_found(module: PTQModule) -> None:
