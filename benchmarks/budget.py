@@ -10,7 +10,6 @@ the table has means over seeds, sorted by time.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
 import tempfile
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 
 import lightning_ptq as ptq
-from benchmarks.common import DEFAULT_ROOT, Yardstick, append, calibrate, commit, in_process, trained
+from benchmarks.common import DEFAULT_ROOT, Yardstick, append, calibrate, commit, in_process, read, trained
 
 # unit steps/last epoch's steps[/settle]
 POINTS = (
@@ -79,7 +78,7 @@ def main() -> None:
     if args.one:
         print(json.dumps(run(**json.loads(args.one), root=args.root)))
         return
-    rows = list(csv.DictReader(args.out.read_text().splitlines())) if args.out.exists() else []
+    rows = read(args.out)
     for seed in args.seeds:
         for point in args.points:
             asked = {"point": point, "images": args.images, "bits": args.bits, "seed": seed}

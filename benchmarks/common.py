@@ -101,7 +101,7 @@ def complete(
     out: Path, columns: Sequence[str], names: Iterable[str], rows_of: Callable[[str], list[dict[str, Any]]]
 ) -> list[dict[str, str]]:
     """The rows of a CSV file, once those of the `names` that its first column lacks are added, name by name."""
-    rows = list(csv.DictReader(out.read_text().splitlines())) if out.exists() else []
+    rows = read(out)
     for name in names:
         if name in {row[columns[0]] for row in rows}:
             continue
@@ -109,6 +109,11 @@ def complete(
         append(out, columns, new)
         rows += new
     return rows
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """All rows of a CSV file, none if there is no file."""
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
 def append(out: Path, columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> None:

@@ -15,7 +15,6 @@ where `lightning_ptq.allocator` has made forward passes faster. Times mean somet
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import json
 import os
@@ -28,7 +27,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.common import DEFAULT_ROOT, Yardstick, append, calibrate, commit, trained
+from benchmarks.common import DEFAULT_ROOT, Yardstick, append, calibrate, commit, read, trained
 from lightning_ptq.methods import default_network_steps
 
 BITS = ["w4a4", "w3a3", "w2a4", "w2a2"]
@@ -194,14 +193,6 @@ def run_missing(wanted: list[dict[str, Any]], out: Path, root: Path, threads: in
             print(json.dumps(row), flush=True)
             append(out, (*DEFAULTS, *RESULTS), [row])
     return failed
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """All rows of the CSV, none if there is no file."""
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return list(csv.DictReader(file))
 
 
 def _value(text: str) -> Any:

@@ -21,7 +21,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.methods import DEFAULTS, GRIDS, key, points, read
+from benchmarks.common import read
+from benchmarks.methods import DEFAULTS, GRIDS, key, points
 
 Row = dict[str, str]
 Runs = dict[tuple[str, ...], Row]

@@ -11,7 +11,6 @@ agreement with the teacher, and their differences from the plain run of the same
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
 import tempfile
@@ -22,7 +21,7 @@ import lightning as L
 import torch
 
 import lightning_ptq as ptq
-from benchmarks.common import DEFAULT_ROOT, append, commit, in_process, trained
+from benchmarks.common import DEFAULT_ROOT, append, commit, in_process, read, trained
 
 # Threads of each process, processes, the Trainer's precision.
 VARIANTS: dict[str, tuple[int, int, Any]] = {
@@ -121,11 +120,6 @@ def main() -> None:
         rows = [row for row in read(args.out) if int(row["steps"]) == args.steps]
         print("\n".join(table(rows, bits, variants, args.seeds)), flush=True)
     print(f"commits: {', '.join(sorted({row['commit'] for row in read(args.out)}))}")
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """All rows of the CSV, none if there is no file."""
-    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
 if __name__ == "__main__":

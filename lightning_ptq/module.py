@@ -465,13 +465,14 @@ class PTQModule(Resuming):
     def _finish(self, unit: int) -> None:
         """Judge `unit` if it was not yet, and log what its report says."""
         report = self.session.finish(unit)
-        if report is not None and unit == len(self.epoch_names) - 1:
+        if report is None:
+            return
+        if unit == len(self.epoch_names) - 1:
             self._finish_biases()
-        if report is not None:
-            numbers = {k: v for k, v in report.to_dict().items() if isinstance(v, float)}
-            steps = min(self.steps_of(unit), self.trainer.num_training_batches) * share_taken(report.settled_after)
-            images = steps * self.batch_size * self.trainer.world_size
-            self._log(report.name, numbers | {"images_per_second": images / report.seconds})
+        numbers = {k: v for k, v in report.to_dict().items() if isinstance(v, float)}
+        steps = min(self.steps_of(unit), self.trainer.num_training_batches) * share_taken(report.settled_after)
+        images = steps * self.batch_size * self.trainer.world_size
+        self._log(report.name, numbers | {"images_per_second": images / report.seconds})
 
     def _finish_biases(self) -> None:
         """What biases need to be computed alike wherever the network runs; once, when all else is done."""

@@ -152,9 +152,8 @@ class Steps(QuickName, Evaluation):
         """The batch with changed images, and what the teacher makes of these."""
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, step, self.global_rank))
         images = self.teacher.laid_out(self.augment(batch.student_in, generator), self.device)
-        with in_float32(self.device):  # as the caches hold the teacher's side
-            head_in = self.teacher(images, stop=len(self.teacher) - 1)
-            out = self.teacher(head_in, start=len(self.teacher) - 1)
+        head_in = self.teacher(images, stop=len(self.teacher) - 1)
+        out = self.teacher(head_in, start=len(self.teacher) - 1)
         return Minibatch(images, images, head_in, out, batch.rows)
 
     def _unit_input(self, batch: Minibatch) -> Tensor:
