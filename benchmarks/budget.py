@@ -23,7 +23,7 @@ import torch
 import lightning_ptq as ptq
 from benchmarks.common import DEFAULT_ROOT, Yardstick, append, calibrate, commit, in_process, read, trained
 
-# unit steps/last epoch's steps[/settle]
+# unit steps/last epoch's steps[/settle[/share of the images held out]]
 POINTS = (
     *("20/20", "50/50", "100/13", "100/100", "200/100", "100/200", "250/32", "200/200", "500/63"),
     *("500/63/0.01", "500/63/0.03"),
@@ -35,7 +35,7 @@ def run(point: str, images: int, bits: str, seed: int, root: Path) -> dict[str, 
     """One calibration in this process."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    steps, network_steps, settle = (*point.split("/"), "0")[:3]
+    steps, network_steps, settle, held_out = (*point.split("/"), "0", "0")[:4]
     data = ptq.ImageFolderData(str(root), resize=None, crop=None, calibration_samples=2050, seed=seed)
     data.setup("fit")
     seen, unseen = data.calibration_images().split(1024)[:2]
@@ -46,6 +46,7 @@ def run(point: str, images: int, bits: str, seed: int, root: Path) -> dict[str, 
         steps_per_unit=int(steps),
         network_steps=int(network_steps),
         settle=float(settle),
+        held_out=float(held_out),
         report=False,
         seed=seed,
     )
@@ -68,7 +69,7 @@ def run(point: str, images: int, bits: str, seed: int, root: Path) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path(DEFAULT_ROOT), help="folder with calib/ and teachers/")
-    parser.add_argument("--points", nargs="+", default=POINTS, help="steps of each unit/of the last epoch[/settle]")
+    parser.add_argument("--points", nargs="+", default=POINTS, help="unit steps/last epoch's[/settle[/held_out]]")
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--bits", default="w2a2")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -33,6 +33,8 @@ VARIANTS: dict[str, tuple[int, int, Any]] = {
 }
 COLUMNS = ("variant", "bits", "steps", "seed", "teacher_top1", "student_top1", "agreement", "seconds", "commit")
 BATCH = 32
+# Calibrations of one process, which share its start.
+TOGETHER = 5
 
 
 def go(variant: str, bits: str, steps: int, seed: int, root: Path) -> dict[str, Any]:
@@ -104,7 +106,8 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(go(*json.loads(args.one), args.root)))
+        *run, seeds = json.loads(args.one)
+        print(json.dumps([go(*run, seed, args.root) for seed in seeds]))
         return
     variants = list(dict.fromkeys(["plain", *args.variants]))
     print(
@@ -112,11 +115,12 @@ def main() -> None:
     )
     for bits in args.bits:
         for variant in variants:
-            for seed in args.seeds:
-                run = (variant, bits, args.steps, seed)
-                if not any((r["variant"], r["bits"], int(r["steps"]), int(r["seed"])) == run for r in read(args.out)):
-                    options = ["--root", str(args.root), "--one", json.dumps(run)]
-                    append(args.out, COLUMNS, [in_process("same", *options)])
+            run = (variant, bits, args.steps)
+            done = {int(r["seed"]) for r in read(args.out) if (r["variant"], r["bits"], int(r["steps"])) == run}
+            missing = [seed for seed in args.seeds if seed not in done]
+            for start in range(0, len(missing), TOGETHER):
+                some = json.dumps([*run, missing[start : start + TOGETHER]])
+                append(args.out, COLUMNS, in_process("same", "--root", str(args.root), "--one", some))
         rows = [row for row in read(args.out) if int(row["steps"]) == args.steps]
         print("\n".join(table(rows, bits, variants, args.seeds)), flush=True)
     print(f"commits: {', '.join(sorted({row['commit'] for row in read(args.out)}))}")

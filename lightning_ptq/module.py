@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_ptq.allocator import keep_freed_memory
+from lightning_ptq.allocator import give_back_freed_memory, keep_freed_memory
 from lightning_ptq.augment import Augmentation
 from lightning_ptq.bias import correct_biases, round_biases
 from lightning_ptq.cache import UnitCache
@@ -456,6 +456,8 @@ class PTQModule(Resuming):
         self.objective.forget()
         self.network_objective.forget()
         self._select(None)
+        if self.device.type == "cpu":
+            give_back_freed_memory()
 
     def _finish_if_done(self) -> None:
         """Judge the current unit unless it was stopped in the middle (max_steps, max_time)."""
