@@ -34,9 +34,12 @@ from benchmarks.eight_bits import crops, settle
 # Arguments of `PTQModule` that a variant has beyond the job's.
 VARIANTS: dict[str, dict[str, Any]] = {
     "qdrop": {},
+    "bf16": {},
     "contrastive": {"contrastive": True},
     "paper": {"corrections": False, "network_steps": 0, "drop_until": 1.0},
 }
+# The Trainer's, where it is not the default.
+PRECISIONS: dict[str, Any] = {"bf16": "bf16-mixed"}
 # name -> (network, pixels, images, bits, steps for each unit)
 JOBS: dict[str, tuple[str, int, int, tuple[int, int], int]] = {
     "cifar": ("resnet20", 32, 1024, (2, 2), 500),
@@ -78,6 +81,7 @@ def run(job: str, variant: str, root: Path, accelerator: str) -> dict[str, Any]:
             logger=False,
             enable_progress_bar=False,
             default_root_dir=folder,
+            precision=PRECISIONS.get(variant, "32-true"),
             callbacks=[_Measure(yardstick)],
         ).fit(module, datamodule=data)
         summary = json.loads((Path(folder) / "summary.json").read_text())
