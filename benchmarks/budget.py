@@ -23,7 +23,7 @@ import torch
 import lightning_ptq as ptq
 from benchmarks.common import DEFAULT_ROOT, Yardstick, append, calibrate, commit, in_process, read, trained
 
-# unit steps/last epoch's steps[/settle[/share of the images held out]]
+# unit steps/last epoch's steps[/settle[/images held out, as a share]]
 POINTS = (
     *("20/20", "50/50", "100/13", "100/100", "200/100", "100/200", "250/32", "200/200", "500/63"),
     *("500/63/0.01", "500/63/0.03"),
@@ -38,7 +38,8 @@ def run(point: str, images: int, bits: str, seed: int, root: Path) -> dict[str, 
     steps, network_steps, settle, held_out = (*point.split("/"), "0", "0")[:4]
     data = ptq.ImageFolderData(str(root), resize=None, crop=None, calibration_samples=2050, seed=seed)
     data.setup("fit")
-    seen, unseen = data.calibration_images().split(1024)[:2]
+    drawn = data.calibration_images()
+    seen, unseen = drawn[:1024], drawn[1024 + 102 :]  # those between them judge, where a tenth is held out
     yardstick = Yardstick(trained("resnet20", root), seen)
     module = ptq.PTQModule(
         trained("resnet20", root),
@@ -57,7 +58,8 @@ def run(point: str, images: int, bits: str, seed: int, root: Path) -> dict[str, 
         passes.append(time.process_time() - start)
     with tempfile.TemporaryDirectory() as folder:
         start = time.process_time()
-        calibrate(module, ptq.CalibrationDataModule.from_loaders([seen[:images]], calibration_samples=images), folder)
+        read = drawn[: images + int(images * module.held_out)]
+        calibrate(module, ptq.CalibrationDataModule.from_loaders([read], calibration_samples=images), folder)
         spent = time.process_time() - start
     with torch.no_grad():
         same = (module.eval()(unseen).argmax(1) == module.teacher(unseen).argmax(1)).double().mean()

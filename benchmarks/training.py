@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,6 +17,10 @@ from lightning_ptq import ImageFolderData
 # torchvision's networks learn the shared images at so many pixels, for so many epochs.
 SIZE = 64
 EPOCHS = {"resnet18": 12, "mobilenet_v2": 20, "efficientnet_b0": 40, "vit_b_16": 1}
+# Depthwise networks that learned so little make much of little: one value that is rounded to the next integer changes
+# many behind it. They learn with noise, of so many standard deviations, and with residual branches that start closed.
+DEPTHWISE = ("mobilenet_v2", "efficientnet_b0")
+NOISE = 0.3
 
 
 def train(
@@ -53,6 +59,29 @@ def train(
     return model.eval()
 
 
+@contextmanager
+def noisy(model: nn.Module, deviations: float) -> Iterator[None]:
+    """Inside, what norms and activations give in training has noise of so many of its standard deviations; 0: none."""
+
+    def disturb(module: nn.Module, _: object, out: Tensor) -> Tensor | None:
+        return out + torch.randn_like(out) * (deviations * out.detach().std()) if module.training else None
+
+    kinds = (nn.BatchNorm2d, nn.SiLU, nn.ReLU6)
+    hooks = [m.register_forward_hook(disturb) for m in model.modules() if deviations and isinstance(m, kinds)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def close_branches(model: nn.Module) -> None:
+    """Have the last norm of every residual branch of a depthwise network of torchvision give nothing to begin with."""
+    for block in model.modules():
+        if getattr(block, "use_res_connect", False):
+            nn.init.zeros_([m for m in block.modules() if isinstance(m, nn.BatchNorm2d)][-1].weight)
+
+
 def shared_images(root: Path) -> tuple[Tensor, Tensor]:
     """The 2050 images of calib/ (N, 3, 32, 32) and what the shared ResNet-20 makes of them: probabilities (N, 10)."""
     data = ImageFolderData(str(root), resize=None, crop=None, calibration_samples=2050)
@@ -80,7 +109,12 @@ def briefly_trained(name: str, root: Path, folder: Path) -> nn.Module:
         model.load_state_dict(torch.load(file, weights_only=True))
         return model.eval()
     images, targets = shared_images(root)
-    train(model, resized(images), targets, EPOCHS[name], 5e-4 if transformer else 2e-3, batch=32)
+    depthwise = name in DEPTHWISE
+    if depthwise:
+        close_branches(model)
+    rate = 5e-4 if transformer else 1e-3 if depthwise else 2e-3
+    with noisy(model, NOISE if depthwise else 0.0):
+        train(model, resized(images), targets, EPOCHS[name], rate, batch=32)
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), file)
     return model

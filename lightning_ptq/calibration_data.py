@@ -144,11 +144,14 @@ class CalibrationDataModule(L.LightningDataModule):
         """The seed that the draw of calibration images uses."""
         return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
 
-    def calibration_images(self, rank: int = 0, world_size: int = 1) -> Tensor:
+    def calibration_images(self, rank: int = 0, world_size: int = 1, further: float = 0.0) -> Tensor:
         """Draw this rank's calibration images: float32 (n, C, H, W) in host memory.
 
         The draw is without replacement and depends only on the seed and the data set's order. Rank r takes every
         `world_size`-th image from the r-th on, so all ranks together hold the same images whatever their number.
+
+        Args:
+            further: so many more images, as a share of `calibration_samples`, where there are so many.
 
         Warns:
             UserWarning: there are fewer images than `calibration_samples`; all are used.
@@ -157,7 +160,8 @@ class CalibrationDataModule(L.LightningDataModule):
             PTQError: no images, one that cannot be read, or images that are not finite or differ in shape.
         """
         with _seeded(self.draw_seed):
-            images = stack_images(self._draw(rank, world_size))
+            count = self.calibration_samples + int(self.calibration_samples * further)
+            images = stack_images(self._draw(rank, world_size, count))
         self._warn_of_unread(vars(self).get("_calibration"), "calibration")
         return images
 
@@ -182,13 +186,13 @@ class CalibrationDataModule(L.LightningDataModule):
                 stacklevel=2,
             )
 
-    def _draw(self, rank: int, world_size: int) -> Iterator[tuple[str, Any]]:
-        """Yield (name, sample) for every image that `rank` draws."""
+    def _draw(self, rank: int, world_size: int, count: int) -> Iterator[tuple[str, Any]]:
+        """Yield (name, sample) for every image that `rank` draws, `count` over all ranks if there are so many."""
         dataset = self._calibration
         size = len(cast(Sized, dataset))  # `_calibration` has checked it
         self._count(size, warn=rank == 0)
         order = torch.randperm(size, generator=torch.Generator().manual_seed(self.draw_seed))
-        drawn = order[: self.calibration_samples][rank::world_size].tolist()
+        drawn = order[:count][rank::world_size].tolist()
         samples = DataLoader(Subset(dataset, drawn), batch_size=None, num_workers=self.num_workers)
         for index, sample in zip(drawn, samples, strict=True):
             file = f"'{dataset.paths[index]}'" if isinstance(dataset, ImageFiles | Readable) else ""
@@ -286,14 +290,14 @@ class _LoaderData(CalibrationDataModule):
                 return _shape(_batch_of_images(batch, 0)[0])
         raise PTQError("The calibration loader yields nothing. Give a loader with at least one image.")
 
-    def _draw(self, rank: int, world_size: int) -> Iterator[tuple[str, Any]]:
+    def _draw(self, rank: int, world_size: int, count: int) -> Iterator[tuple[str, Any]]:
         seen = 0
         for number, batch in enumerate(self.calibration_loader()):
             for image in _batch_of_images(batch, number):
                 if seen % world_size == rank:
                     yield f"Calibration image {seen}", image
                 seen += 1
-                if seen == self.calibration_samples:
+                if seen == count:
                     return
         self._count(seen, warn=rank == 0 and self.calibration_samples != _SAMPLES)
 

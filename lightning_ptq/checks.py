@@ -37,7 +37,7 @@ def check_settings(**values: float | None) -> None:
                 raise PTQError(f"{name}={value} is too small. Use {_LEAST[name]} or more.")
         elif name == "held_out" and not 0 <= value < 1:
             raise PTQError(
-                f"held_out={value} is no share below 1. Use 0.1 for a tenth, or 0, the default, to hold nothing out."
+                f"held_out={value} is no share below 1. Use 0.1, the default, for a tenth more images, or 0 for none."
             )
         elif name == "settle" and not 0 <= value < 1:
             raise PTQError(f"settle={value} is no share below 1. Use 0.01 for a hundredth, or 0 to take all steps.")

@@ -91,7 +91,8 @@ class PTQModule(Resuming):
             what is free.
         cache_dtype: "bfloat16" rounds what is kept, which halves it; all computation stays as it is.
         cache_folder: for those on disk; None takes the run folder.
-        held_out: share of the calibration images that no step draws; they judge each unit and measure its information.
+        held_out: so many images more than the data's `calibration_samples`, as a share of that number, judge each unit
+            and the whole network, where the data has more; no step draws them.
         settle: a unit's steps are cut short once the error of the images that judge it falls by less than this share
             within a tenth of them (see `settling.py`); 0 takes all steps.
         allow_drift: go on with a checkpoint of other weights, settings, images or of another major version; a warning
@@ -139,7 +140,7 @@ class PTQModule(Resuming):
         memory_budget: int | str | None = None,
         cache_dtype: CacheType = "float32",
         cache_folder: str | None = None,
-        held_out: float = 0.0,
+        held_out: float = 0.1,
         settle: float = 0.0,
         allow_drift: bool = False,
         report: bool = True,
@@ -386,14 +387,14 @@ class PTQModule(Resuming):
         rank, size = self.global_rank, self.trainer.world_size
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         images = Images(
-            open=lambda: data.calibration_images(rank, size),
+            open=lambda: data.calibration_images(rank, size, self._judging),
             read=self.checked,
             batch_size=self.batch_size,
             policy=self.cache_policy,
             config=self.quant,
             weighting=self.method.weighting,
             network=self.network_steps > 0,
-            held_out=self.held_out,
+            drawn=-(-data.calibration_samples // size),
             allow_drift=self.allow_drift,
             round_again=self.network_rounding_lr > 0,
             correction=self.method.distribution_steps,
@@ -418,13 +419,18 @@ class PTQModule(Resuming):
             strategy.model = strategy.lightning_module
             strategy.configure_ddp()
 
+    @property
+    def _judging(self) -> float:
+        """Share of the calibration images that are read in addition, to judge what was learned."""
+        return self.held_out if self.method.learns else 0.0
+
     def folder_of_caches(self) -> Path:
         """Where caches lie that are on disk. A collective call: every process must make it."""
         return run_folder(self.trainer) if self.cache_folder is None else Path(self.cache_folder)
 
     def caches(self, shape: tuple[int, ...], samples: int, room: Room) -> str:
         """How large caches become, and where they would be kept, for images of `shape` that the network reads."""
-        corrected = self.method.distribution_steps > 0
+        corrected, samples = self.method.distribution_steps > 0, samples + int(samples * self._judging)
         sizes = CacheSizes.of(self.teacher, unit_shapes(self.teacher, shape), samples, self.cache_dtype, corrected)
         return room.text(sizes, room.choose(self.cache_policy, sizes))
 

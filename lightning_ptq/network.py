@@ -9,7 +9,8 @@ go into the weights' scales and shifts into the biases.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,9 +28,12 @@ from lightning_ptq.store import Store, chunks, run_chunked, take
 # What this epoch is called where the others bear their unit's name.
 NETWORK = "whole-network"
 
-# Where no images are held out, the epoch is undone if the divergence on the calibration images grew by more than this
-# factor. Not by any growth: the units have fitted these very images, and the epoch takes some of that back.
+# The epoch is undone if the divergence on images that are drawn grew by more than this factor. Not by any growth: the
+# units have fitted these very images, and the epoch takes some of that back.
 HARM = 1.25
+# And if that of images that are held out grew by more than so many standard errors of its growth. These are few, and a
+# handful that the network is wrong about makes most of the divergence: by chance it grows where that of all falls.
+CHANCE = 2.0
 
 Mean = Callable[[Tensor], Tensor]
 Errors = Callable[[Tensor, Tensor], Tensor]
@@ -90,7 +94,8 @@ class NetworkStart:
 
     Attributes:
         learned: copies of what the epoch may train, `NetworkCache.learned`, in host memory.
-        prediction: `prediction_loss` of the student. mse: `reconstruction_loss` of its output.
+        prediction: `prediction_loss` of the student on the images that are drawn.
+        mse: `reconstruction_loss` of its output, on those that are held out, if any are.
     """
 
     learned: list[Tensor]
@@ -108,6 +113,17 @@ class NetworkStart:
         for parameter, saved in zip(cache.learned, self.learned, strict=True):
             parameter.data.copy_(saved)
 
+    @contextmanager
+    def restored(self, cache: NetworkCache) -> Iterator[None]:
+        """Inside, the cache's student is as it was."""
+        now = [parameter.detach().clone() for parameter in cache.learned]
+        self.restore(cache)
+        try:
+            yield
+        finally:
+            for parameter, value in zip(cache.learned, now, strict=True):
+                parameter.data.copy_(value)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values and tensors only; not copies of them."""
         return dict(vars(self))
@@ -121,9 +137,10 @@ def finish_network(cache: NetworkCache, start: NetworkStart, mean: Mean) -> tupl
     """
     out = cache.student_out()
     after, mse = _errors(cache, out, mean)
-    limit = start.prediction * (HARM if cache.drawn == len(cache.images) else 1.0)
     # Not `after > limit`: a NaN must be rejected too.
-    accepted = after <= limit and math.isfinite(mse)
+    accepted = after <= start.prediction * HARM and math.isfinite(mse)
+    if cache.drawn < len(cache.images):
+        accepted = accepted and _within_chance(cache, start, out, mean)
     if not accepted:
         start.restore(cache)
         out, mse = cache.student_out(), start.mse
@@ -133,11 +150,25 @@ def finish_network(cache: NetworkCache, start: NetworkStart, mean: Mean) -> tupl
     return report(NETWORK, cache.student, found, errors, accepted, mean), out
 
 
+def _within_chance(cache: NetworkCache, start: NetworkStart, out: Tensor, mean: Mean) -> bool:
+    """Whether the divergence of the images that are held out grew by no more than it may by chance."""
+    rows = cache.judged
+    with start.restored(cache):
+        before = run_chunked(cache.student, cache.images[rows], cache.device, cache.store)
+    now, then = (_each(prediction_errors, x, cache.features[rows], cache.device) for x in (out[rows], before))
+    growth = now - then
+    average, square = mean(torch.stack([growth.mean(), growth.square().mean()])).double().tolist()
+    # Of one process's images: with several it is smaller, and this the more cautious.
+    error = math.sqrt(max(square - average**2, 0.0) / len(growth)) if math.isfinite(square) else math.nan
+    return bool(average <= CHANCE * error)  # False for NaN
+
+
 def _errors(cache: NetworkCache, out: Tensor, mean: Mean) -> tuple[float, float]:
-    # All rows where none are held out: each has its say about the network.
-    rows = slice(cache.drawn, None) if cache.drawn < len(cache.images) else slice(None)
-    kinds: tuple[Errors, ...] = (prediction_errors, squared_errors)
-    parts = [_each(errors, out[rows], cache.features[rows], cache.device).mean() for errors in kinds]
+    # Of all that are drawn, not of some: each has its say about the network.
+    drawn = slice(cache.drawn)
+    told = drawn if cache.drawn == len(cache.images) else cache.judged
+    kinds: tuple[tuple[Errors, slice], ...] = ((prediction_errors, drawn), (squared_errors, told))
+    parts = [_each(errors, out[rows], cache.features[rows], cache.device).mean() for errors, rows in kinds]
     prediction, mse = mean(torch.stack(parts)).tolist()
     return prediction, mse
 

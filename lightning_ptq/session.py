@@ -61,13 +61,14 @@ class Images:
     """What a calibration reads, and how.
 
     Attributes:
-        open: loads this process's calibration images (N, C, H, W). read: images -> what the network reads of them.
+        open: loads this process's calibration images (N, C, H, W), those that judge among them.
+        read: images -> what the network reads of them.
         batch_size: images of each step.
         policy: where activations are kept. budget: bytes that they may take in memory. dtype: what they are rounded to.
         folder: for those on disk. say: is told how large they become.
         config: how ranges are estimated from the images. weighting: how channels are weighted.
         network: whether the last epoch is that of the whole network, behind those of the units.
-        held_out: share of the images that judge what was learned on the others.
+        drawn: of so many of the images steps may be made; the others judge what was learned.
         round_again: whether that epoch trains the weights' rounding. correction: steps of PD-Quant's correction.
         layers: the student's, for mixed precision. learned: whether rounding is learned.
         allow_drift: go on from a checkpoint of other images.
@@ -80,7 +81,7 @@ class Images:
     config: QuantConfig
     weighting: Weighting
     network: bool
-    held_out: float
+    drawn: int
     round_again: bool
     correction: int
     layers: tuple[LayerPlan, ...] = ()
@@ -100,7 +101,8 @@ class Session:
         self.reports: list[UnitReport] = []
         self.wall_seconds = dict.fromkeys(CLOCKS, 0.0)
         self.image_digest: int | None = None
-        self.image_count: int | None = None  # over all processes
+        self.image_count: int | None = None  # that are drawn, over all processes
+        self.judge_count: int | None = None  # that are held out
         self.calibration_agreement: float | None = None  # percent, on the images that steps drew, once all is done
         self.cache: UnitCache | NetworkCache | None = None
         self.importance: list[Tensor] | None = None  # of every unit's channels; None: they count alike
@@ -269,16 +271,18 @@ class Session:
         images = data.open()
         counts = world.gather(torch.tensor([len(images)])).flatten()
         least = int(counts.min())
-        check_batch(least, data.batch_size, world.size)
         # The same number everywhere: processes with and without images that judge would judge differently.
-        self._held_out = held_out_of(least, data.held_out, data.batch_size)
+        self._held_out = held_out_of(least, data.drawn)
+        check_batch(least - self._held_out, data.batch_size, world.size)
         digest = int(world.gather(torch.tensor([data_digest(images)])).sum()) % 2**62
         if self.image_digest not in (None, digest):
             refuse(
                 "the checkpoint was calibrated on other images. Give the same data, calibration_samples and seed",
                 data.allow_drift,
             )
-        self.image_digest, self.image_count = digest, int(counts.sum())
+        self.image_digest = digest
+        self.judge_count = self._held_out * world.size
+        self.image_count = int(counts.sum()) - self.judge_count
         images = self.teacher.laid_out(data.read(spread(images, self._held_out)), world.device)
         shapes = unit_shapes(self.teacher, tuple(images.shape[1:]))
         sizes = CacheSizes.of(self.teacher, shapes, len(images), data.dtype, data.correction > 0)
@@ -323,10 +327,10 @@ class Session:
         apply(self.student, bits["weights"], bits["activations"])
 
 
-def held_out_of(images: int, share: float, batch_size: int) -> int:
-    """How many of a process's images are held out: their share as far as the others still fill a batch, or none if that
-    would be too few to judge by."""
-    held_out = min(int(images * share), images - batch_size)
+def held_out_of(images: int, drawn: int) -> int:
+    """How many of a process's images are held out: what there is beyond those that are drawn, or none if that would be
+    too few to judge by."""
+    held_out = max(images - drawn, 0)
     return held_out if held_out >= _LEAST_HELD_OUT else 0
 
 

@@ -185,6 +185,7 @@ def summarize(module: PTQModule, trainer: L.Trainer, metrics: dict[str, float]) 
         "granularity": module.method.granularity,
         "seed": module.seed,
         "calibration_samples": samples if module.session.image_count is None else module.session.image_count,
+        "judging_samples": module.session.judge_count,
         "images_available": trainer.datamodule.images_available,  # type: ignore[attr-defined]
         "steps_per_unit": module.steps_per_unit,
         "network_steps": module.network_steps,

@@ -59,13 +59,16 @@ def tiny_images(count: int = 40, seed: int = 1) -> Tensor:
     return nn.functional.interpolate(coarse, scale_factor=2) + 0.3 * torch.randn(count, 3, 8, 8, generator=generator)
 
 
-def tiny_data(count: int = 40) -> CalibrationDataModule:
-    """Calibration and labelled validation batches of such images; the labels are the float network's own."""
+def tiny_data(count: int = 40, more: int = 0) -> CalibrationDataModule:
+    """Calibration and labelled validation batches of such images; the labels are the float network's own.
+
+    There are `more` images than are to be drawn.
+    """
     validation = tiny_images(30, seed=2)
     with torch.no_grad():
         labels = tiny_net()(validation).argmax(1)
     loader = DataLoader(TensorDataset(validation, labels), batch_size=16)
-    return CalibrationDataModule.from_loaders(tiny_images(count).split(16), loader, calibration_samples=count)
+    return CalibrationDataModule.from_loaders(tiny_images(count + more).split(16), loader, calibration_samples=count)
 
 
 def tiny_module(quant: QuantConfig = QuantConfig(weight_bits=2, act_bits=2), **changes: Any) -> PTQModule:  # noqa: B008

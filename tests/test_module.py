@@ -374,11 +374,11 @@ def test_held_out_images_are_never_drawn_and_the_gap_is_reported(tmp_path: Path)
         def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
             drawn.update(batch.rows.tolist())
 
-    trainer(tmp_path, callbacks=[Rows()]).fit(module, datamodule=tiny_data())
-    images = module.session.image_count
-    assert drawn <= set(range(images - images // 4))
-    assert len(drawn) > images // 2
+    trainer(tmp_path, callbacks=[Rows()]).fit(module, datamodule=tiny_data(40, more=20))
+    assert drawn <= set(range(40))
+    assert len(drawn) > 20
     summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["calibration_samples"], summary["judging_samples"]) == (40, 10)
     gap = summary["calibration_agreement"] - summary["teacher_agreement"]
     assert summary["overfit_gap"] == pytest.approx(gap)
 

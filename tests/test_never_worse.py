@@ -19,7 +19,8 @@ from lightning_ptq.quantizers import act_quantizers, initial_ranges
 from lightning_ptq.session import spread
 from tests.helpers import tiny_images, tiny_net, trainer
 
-STEPS, IMAGES = 20, 320
+# Images that steps draw, and all with those that judge.
+STEPS, DRAWN, IMAGES = 20, 320, 352
 ROUNDING_LR, SCALE_LR = default_rates(STEPS)
 FRESH = tiny_images(400, seed=5)
 
@@ -44,10 +45,10 @@ def fitted(folder: Path, images: Tensor | None = None, **changes: Any) -> PTQMod
     with torch.no_grad():  # larger and centred logits
         net.fc.weight.mul_(20.0)
         net.fc.bias.sub_(net(tiny_images(40)).mean(0))
-    settings: dict[str, Any] = {"steps_per_unit": STEPS, "batch_size": 8, "seed": 3, "held_out": 0.1}
+    settings: dict[str, Any] = {"steps_per_unit": STEPS, "batch_size": 8, "seed": 3}
     module = PTQModule(net, QuantConfig(2, 2), "qdrop", **(settings | changes))
     images = tiny_images(IMAGES) if images is None else images
-    data = CalibrationDataModule.from_loaders(images.split(64), calibration_samples=IMAGES)
+    data = CalibrationDataModule.from_loaders(images.split(64), calibration_samples=DRAWN)
     trainer(folder).fit(module, datamodule=data)
     return module
 
@@ -118,7 +119,8 @@ def test_the_network_is_no_worse_than_it_started(tmp_path: Path, changes: dict[s
     module = fitted(tmp_path, held_out=held_out, **changes)
     start, end = fresh_errors(module)
     assert end["divergence"] <= start["divergence"] * TIES
-    if "network_lr" in changes or "network_rounding_lr" in changes:
+    # To images that nothing was learned from, roundings that change so fast do no harm here.
+    if "network_lr" in changes or ("network_rounding_lr" in changes and not held_out):
         assert not module.reports[-1].accepted
 
 
@@ -139,14 +141,14 @@ def test_a_network_that_is_worse_as_a_whole_is_put_back(
     assert end == pytest.approx(start, rel=TIES - 1)
     assert [report.name for report in module.reports] == list(module.epoch_names)
     assert not any(report.accepted or report.flipped_fraction for report in module.reports)
-    # Every fifth image judges: the error that is left is that of rounding to nearest.
-    x = spread(tiny_images(IMAGES), IMAGES // 10)[-IMAGES // 10 :]
+    # The error that is left, on the images that judge, is that of rounding to nearest.
+    x = spread(tiny_images(IMAGES), IMAGES - DRAWN)[DRAWN - IMAGES :]
     with torch.no_grad():
         outputs, wanted = module.student(x), module.teacher(x)
     error = float((outputs - wanted).square().sum(1).mean())
     assert module.reports[-1].mse_before == module.reports[-1].mse_after
-    if steps:
-        assert module.reports[-1].mse_after == pytest.approx(error, rel=1e-4)
+    if steps:  # biases are finished behind the judgement
+        assert module.reports[-1].mse_after == pytest.approx(error, rel=1e-2)
     assert all(report.seconds > 0 for report in module.reports)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["accepted"] is False

@@ -88,11 +88,11 @@ def suggestions(run: Run) -> Iterator[str]:
     fine = {layer["unit"] for layer in run.layers if layer["weight_bits"] >= 8}
     coarse = [unit for unit in run.units if unit["name"] not in fine]
     flipped = max(coarse, key=lambda unit: unit["flipped_fraction"], default=None)
-    if flipped is not None and flipped["flipped_fraction"] > _FLIPPED:
+    if flipped is not None and flipped["flipped_fraction"] > _FLIPPED and not s.get("judging_samples"):
         yield (
             f"In {flipped['name']!r} {_share(flipped['flipped_fraction'])} of the weights are not at their nearest "
-            "value, far from the network that was trained: see with `--model.held_out 0.1` whether that holds on "
-            "images which no step draws."
+            "value, far from the network that was trained, and all images that judged it were learned from: with a "
+            "tenth more images than `--data.calibration_samples` others judge."
         )
     yield from _contrastive(run)
     if s["method"] in ("adaround", "brecq") and min(s["weight_bits"], s["act_bits"]) < 4:
