@@ -58,8 +58,9 @@ def run(point: str, images: int, bits: str, seed: int, root: Path) -> dict[str, 
         passes.append(time.process_time() - start)
     with tempfile.TemporaryDirectory() as folder:
         start = time.process_time()
-        read = drawn[: images + int(images * module.held_out)]
-        calibrate(module, ptq.CalibrationDataModule.from_loaders([read], calibration_samples=images), folder)
+        # Draws the first of those above, since the seed is the same.
+        read = {"resize": None, "crop": None, "calibration_samples": images, "seed": seed}
+        calibrate(module, ptq.ImageFolderData(str(root), validation_folder=None, **read), folder)
         spent = time.process_time() - start
     with torch.no_grad():
         same = (module.eval()(unseen).argmax(1) == module.teacher(unseen).argmax(1)).double().mean()

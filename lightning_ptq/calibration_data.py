@@ -151,7 +151,8 @@ class CalibrationDataModule(L.LightningDataModule):
         `world_size`-th image from the r-th on, so all ranks together hold the same images whatever their number.
 
         Args:
-            further: so many more images, as a share of `calibration_samples`, where there are so many.
+            further: so many more images, as a share of `calibration_samples`, where there are so many. They
+                are the last ones.
 
         Warns:
             UserWarning: there are fewer images than `calibration_samples`; all are used.
@@ -301,6 +302,11 @@ class _LoaderData(CalibrationDataModule):
                     return
         self._count(seen, warn=rank == 0 and self.calibration_samples != _SAMPLES)
 
+    def calibration_images(self, rank: int = 0, world_size: int = 1, further: float = 0.0) -> Tensor:
+        """The images in the loader's order, but for the further ones."""
+        images = super().calibration_images(rank, world_size, further)
+        return spread(images, max(len(images) - -(-self.calibration_samples // world_size), 0))
+
     def val_dataloader(self) -> Any:
         return [] if self._val_loader is None else self._val_loader
 
@@ -364,6 +370,16 @@ class _WrappedData(_LoaderData):
         if self.trainer is None and not self._prepared:
             self.prepare_data()
         self.setup(stage)
+
+
+def spread(images: Tensor, last: int) -> Tensor:
+    """The images with every n-th one at the end, `last` of them: a loader may give class by class."""
+    if not last:
+        return images
+    moved = torch.arange(last) * len(images) // last
+    others = torch.ones(len(images), dtype=torch.bool)
+    others[moved] = False
+    return torch.cat([images[others], images[moved]])
 
 
 def _batch_of_images(batch: Any, number: int) -> Tensor:

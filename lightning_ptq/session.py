@@ -68,7 +68,7 @@ class Images:
         folder: for those on disk. say: is told how large they become.
         config: how ranges are estimated from the images. weighting: how channels are weighted.
         network: whether the last epoch is that of the whole network, behind those of the units.
-        drawn: of so many of the images steps may be made; the others judge what was learned.
+        drawn: steps are made of so many of the images, the first; the others judge what was learned.
         round_again: whether that epoch trains the weights' rounding. correction: steps of PD-Quant's correction.
         layers: the student's, for mixed precision. learned: whether rounding is learned.
         allow_drift: go on from a checkpoint of other images.
@@ -283,7 +283,7 @@ class Session:
         self.image_digest = digest
         self.judge_count = self._held_out * world.size
         self.image_count = int(counts.sum()) - self.judge_count
-        images = self.teacher.laid_out(data.read(spread(images, self._held_out)), world.device)
+        images = self.teacher.laid_out(data.read(images), world.device)
         shapes = unit_shapes(self.teacher, tuple(images.shape[1:]))
         sizes = CacheSizes.of(self.teacher, shapes, len(images), data.dtype, data.correction > 0)
         room = Room(world.device, data.budget, data.folder, world.size)
@@ -332,16 +332,6 @@ def held_out_of(images: int, drawn: int) -> int:
     too few to judge by."""
     held_out = max(images - drawn, 0)
     return held_out if held_out >= _LEAST_HELD_OUT else 0
-
-
-def spread(images: Tensor, held_out: int) -> Tensor:
-    """The images with those that are held out at the end: every n-th one, since a loader may give class by class."""
-    if not held_out:
-        return images
-    last = torch.arange(held_out) * len(images) // held_out
-    drawn = torch.ones(len(images), dtype=torch.bool)
-    drawn[last] = False
-    return torch.cat([images[drawn], images[last]])
 
 
 def check_batch(images: int, batch_size: int, world_size: int) -> None:

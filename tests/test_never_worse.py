@@ -13,10 +13,10 @@ from torch import Tensor
 from lightning_ptq import CalibrationDataModule, PTQModule, QuantConfig, session
 from lightning_ptq.cache import UnitCache
 from lightning_ptq.calibration import no_worse
+from lightning_ptq.calibration_data import spread
 from lightning_ptq.methods import default_rates
 from lightning_ptq.network import NetworkCache
 from lightning_ptq.quantizers import act_quantizers, initial_ranges
-from lightning_ptq.session import spread
 from tests.helpers import tiny_images, tiny_net, trainer
 
 # Images that steps draw, and all with those that judge.
