@@ -62,7 +62,7 @@ def random_model(name: str, **options: Any) -> nn.Module:
     if name.startswith("timm:"):
         import timm
 
-        model = timm.create_model(name.removeprefix("timm:"), pretrained=False)
+        model = timm.create_model(name.removeprefix("timm:"), pretrained=False, **options)
     else:
         options |= {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
         model = torchvision.models.get_model(name, weights=None, **options)
@@ -100,7 +100,12 @@ def deviation(model: nn.Module, images: torch.Tensor) -> float:
 def go(name: str) -> dict[str, Any]:
     """The row of one model."""
     warnings.simplefilter("ignore")
-    model, start = random_model(name), time.monotonic()
+    return row(random_model(name))
+
+
+def row(model: nn.Module) -> dict[str, Any]:
+    """The same of a model that is there already."""
+    start = time.monotonic()
     shape = likely_image_shape(model)
     settle(model, shape)
     images = smooth_images(4, shape)

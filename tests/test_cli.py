@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -42,20 +44,26 @@ def run(command: str, config: Path, *args: object) -> None:
 
 def quickstart(folder: Path, *args: object) -> None:
     """A short fit of the quickstart into `folder`."""
-    run("fit", QUICKSTART, "--model.steps_per_unit=10", f"--trainer.default_root_dir={folder}",
+    run("fit", QUICKSTART, "--model.steps_per_unit=5", f"--trainer.default_root_dir={folder}",
         "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
         "--trainer.log_every_n_steps=5", *args)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run folder of a finished fit."""
-    folder = tmp_path_factory.mktemp("quickstart")
-    with pytest.MonkeyPatch.context() as patch:
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Run folder of a finished fit, and what it printed."""
+    folder, printed = tmp_path_factory.mktemp("quickstart"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.chdir(ROOT)
         quickstart(folder)
     (summary,) = folder.rglob("summary.json")
-    return summary.parent
+    return summary.parent, printed.getvalue()
+
+
+@pytest.fixture
+def finished(fitted: tuple[Path, str]) -> Path:
+    """Its run folder alone."""
+    return fitted[0]
 
 
 def test_sensitivity_prints_the_front_and_leaves_it_in_the_folder(
@@ -88,19 +96,16 @@ def student_top1(text: str) -> float:
 # ---- every subcommand on the quickstart ----
 
 
-def test_fit_leaves_a_complete_run_folder_and_prints_the_result(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    quickstart(tmp_path)
-    (path,) = tmp_path.rglob("summary.json")
-    assert {"config.yaml", "summary.json", "checkpoints"} <= {entry.name for entry in path.parent.iterdir()}
-    assert (path.parent / "checkpoints" / "last.ckpt").is_file()
-    summary, printed = json.loads(path.read_text()), capsys.readouterr().out
+def test_fit_leaves_a_complete_run_folder_and_prints_the_result(fitted: tuple[Path, str]) -> None:
+    folder, printed = fitted
+    assert {"config.yaml", "summary.json", "checkpoints"} <= {entry.name for entry in folder.iterdir()}
+    assert (folder / "checkpoints" / "last.ckpt").is_file()
+    summary = json.loads((folder / "summary.json").read_text())
     assert summary["teacher_top1"] == pytest.approx(98.87, abs=0.01)
     for row in ("teacher, float32", "nearest, W2A2", "qdrop + contrastive, W2A2"):
         assert row in printed
     assert f"{summary['student_top1']:.2f}" in printed
-    assert str(path) in printed
+    assert str(folder / "summary.json") in printed
 
 
 @pytest.mark.parametrize("command", ["validate", "test"])
@@ -145,7 +150,7 @@ def test_an_interrupted_fit_is_resumed_to_the_same_result(finished: Path, tmp_pa
 
 
 def test_one_command_begins_and_goes_on(finished: Path, tmp_path: Path) -> None:
-    quickstart(tmp_path, "--ckpt_path=last", "--trainer.max_steps=25")
+    quickstart(tmp_path, "--ckpt_path=last", "--trainer.max_steps=12")
     quickstart(tmp_path, "--ckpt_path=last")
     (summary,) = (json.loads(path.read_text()) for path in tmp_path.rglob("summary.json") if "version_1" in str(path))
     expected = json.loads((finished / "summary.json").read_text())
@@ -161,12 +166,11 @@ def test_one_command_begins_and_goes_on(finished: Path, tmp_path: Path) -> None:
         )
 
 
-def test_a_folder_that_holds_a_run_is_left_alone(tmp_path: Path) -> None:
-    quickstart(tmp_path, "--trainer.logger=false")
-    before = {name: (tmp_path / name).read_bytes() for name in ("summary.json", "config.yaml", "checkpoints/last.ckpt")}
+def test_a_folder_that_holds_a_run_is_left_alone(finished: Path) -> None:
+    before = {name: (finished / name).read_bytes() for name in ("summary.json", "config.yaml", "checkpoints/last.ckpt")}
     with pytest.raises(PTQError, match="already holds a run"):
-        quickstart(tmp_path, "--trainer.logger=false", "--model.quant.act_bits=4")
-    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+        quickstart(finished, "--trainer.logger=false", "--model.quant.act_bits=4")
+    assert {name: (finished / name).read_bytes() for name in before} == before
 
 
 def test_a_folder_that_holds_a_run_is_continued_with_its_checkpoint(tmp_path: Path) -> None:

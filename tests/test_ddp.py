@@ -108,16 +108,23 @@ def test_bits_are_chosen_alike_where_processes_have_uneven_shares(tmp_path: Path
     assert checkpoint["lightning_ptq"]["session"]["bits"] == chosen
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run on two processes that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    fit_on_two(folder, network_steps=2)
+    return folder
+
+
 @pytest.mark.parametrize("steps", [8, 20, 21])  # in a unit, behind the last one, in the whole network's epoch
-def test_resume_on_two_processes_is_bit_equal(tmp_path: Path, steps: int) -> None:
-    fit_on_two(tmp_path / "whole", network_steps=2)
+def test_resume_on_two_processes_is_bit_equal(whole: Path, tmp_path: Path, steps: int) -> None:
     stopped = tiny_module(steps_per_unit=5, rounding_lr=0.05, network_steps=2)
     two = trainer(tmp_path / "stopped", devices=2, strategy="ddp_fork", max_steps=steps, use_distributed_sampler=False)
     two.fit(stopped, datamodule=tiny_data())
     fit_on_two(tmp_path / "resumed", network_steps=2, ckpt_path=tmp_path / "stopped" / "checkpoints" / "last.ckpt")
     states = [
-        torch.load(tmp_path / run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-        for run in ("whole", "resumed")
+        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for folder in (whole, tmp_path / "resumed")
     ]
     assert_equal_states(*states)
 

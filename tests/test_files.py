@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,16 @@ def test_a_file_is_replaced_and_nothing_else_stays(tmp_path: Path) -> None:
     write_whole(path, lambda to: to.write_text(f"new {to.suffix}"))
     assert path.read_text() == "new .onnx"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "summary.json"
+    path.write_text("old")
+    seen: list[tuple[str, str]] = []
+    monkeypatch.setattr(os, "fsync", lambda file: seen.append((os.pread(file, 9, 0).decode(), path.read_text())))
+    write_whole(path, lambda to: to.write_text("new"))
+    assert seen == [("new", "old")]
+    assert path.read_text() == "new"
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:

@@ -36,7 +36,9 @@ def test_it_runs_and_plots(path: Path, tmp_path: Path, monkeypatch: pytest.Monke
     content = nbformat.read(path, as_version=4)
     folder = tmp_path / "run"
     folder.mkdir()
-    NotebookClient(content, kernel_name="python3", timeout=170, resources={"metadata": {"path": str(folder)}}).execute()
+    client = NotebookClient(content, kernel_name="python3", timeout=170, resources={"metadata": {"path": str(folder)}})
+    client.shutdown_kernel = "immediate"  # a kernel that tidies up behind the last cell takes seconds
+    client.execute()
 
     shows = [cell for cell in content.cells if cell.cell_type == "code" and "plt.show()" in cell.source]
     assert shows, "the notebook has no plot"

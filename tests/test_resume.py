@@ -36,7 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "rounded again": {
         "module": {"network_steps": 5, "network_rounding_lr": 0.2, "augment": Augmentation(flip=True, shift=1)}
     },
-    "settled": {"module": {"steps_per_unit": 8, "settle": 0.99}},
+    "settled": {"module": {"steps_per_unit": 6, "settle": 0.99}},
     "corrected": {"module": {"method": "pdquant", "distribution_steps": 3}},
     "flexround": {
         "module": {"method": "flexround", "network_rounding_lr": 0.05, "contrastive": True, "critic": POSITIONS}
@@ -48,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
 def test_resume_is_bit_equal_from_every_step(tmp_path: Path, case: dict[str, Any]) -> None:
     every_step = ModelCheckpoint(tmp_path / "all", filename="{step}", every_n_train_steps=1, save_top_k=-1)
     settings = case.get("trainer", {})
-    options = {"steps_per_unit": 4} | case.get("module", {})
+    options = {"steps_per_unit": 3} | case.get("module", {})
     whole = tiny_module(**options)
     trainer(tmp_path / "whole", callbacks=[every_step], **settings).fit(whole, datamodule=tiny_data())
     expected, reports = (

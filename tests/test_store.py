@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -69,14 +68,18 @@ def test_what_was_read_or_written_does_not_stay_in_memory(tmp_path: Path) -> Non
     assert sum(float(some.sum()) for some in chunks(x, 4)) == x.numel()
 
 
+@pytest.mark.forks
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_process_that_is_killed_leaves_no_file(tmp_path: Path) -> None:
-    code = (
-        "import os, signal, sys, torch; from pathlib import Path; from lightning_ptq.store import Store\n"
-        "x = Store(torch.device('cpu'), 'disk', Path(sys.argv[1])).empty((4, 1000), torch.float32).fill_(1)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
-    assert done.returncode == -signal.SIGKILL
+    child = os.fork()
+    if child == 0:
+        try:
+            x = Store(CPU, "disk", tmp_path).empty((4, 1000), torch.float32).fill_(1)
+            os.kill(os.getpid(), signal.SIGKILL)
+            assert len(x)  # alive until here
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert list(tmp_path.iterdir()) == []
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import lightning as L
 import pytest
 import torch
 from PIL import Image
@@ -55,7 +56,22 @@ def detection_data() -> CalibrationDataModule:
 
 def part_module(**changes: Any) -> PTQModule:
     settings: dict[str, Any] = {"steps_per_unit": 2, "batch_size": 4, "seed": 0, "granularity": "block"}
-    return PTQModule(detector(), QuantConfig(weight_bits=8, act_bits=8), **(settings | changes))
+    quant = QuantConfig(weight_bits=8, act_bits=8, weight_range="minmax")  # a search takes long for so many weights
+    return PTQModule(detector(), quant, **(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def fit(tmp_path_factory: pytest.TempPathFactory) -> L.Trainer:
+    """Of a detector with a quantized backbone, for tests that only look at it."""
+    done = trainer(tmp_path_factory.mktemp("part"), logger=False, enable_checkpointing=True)
+    done.fit(part_module(), datamodule=detection_data())
+    return done
+
+
+@pytest.fixture
+def fitted_part(fit: L.Trainer) -> PTQModule:
+    """The detector itself."""
+    return cast("PTQModule", fit.lightning_module)
 
 
 def same(actual: Any, expected: Any) -> None:
@@ -80,11 +96,9 @@ def test_a_detector_with_the_teacher_in_place_of_its_backbone_detects_the_same()
             same(found[key], wanted[key])
 
 
-def test_fit_leaves_a_quantized_detector_that_a_checkpoint_brings_back(tmp_path: Path) -> None:
-    module, net = part_module(), detector()
-    before = {name: value.clone() for name, value in module.state_dict().items() if name.startswith("surroundings.")}
-    fit = trainer(tmp_path, logger=False, enable_checkpointing=True)
-    fit.fit(module, datamodule=detection_data())
+def test_fit_leaves_a_quantized_detector_that_a_checkpoint_brings_back(fit: L.Trainer, fitted_part: PTQModule) -> None:
+    module, net = fitted_part, detector()
+    before = {name: value for name, value in part_module().state_dict().items() if name.startswith("surroundings.")}
     images = [torch.rand(3, 40, 60), torch.rand(3, 50, 40)]
     with torch.no_grad():
         found, wanted = module.eval()(images), net(images)
@@ -97,7 +111,7 @@ def test_fit_leaves_a_quantized_detector_that_a_checkpoint_brings_back(tmp_path:
     assert float(fit.callback_metrics["student_sqnr_db"]) > 20
     assert not any("agreement" in key or "top1" in key for key in fit.callback_metrics)
 
-    path = next(tmp_path.rglob("last.ckpt"))
+    path = next(Path(fit.default_root_dir).rglob("last.ckpt"))
     saved = torch.load(path, weights_only=True)["state_dict"]
     assert not any(key.startswith(("surroundings.", "teacher.")) for key in saved)
     again = PTQModule.load_from_checkpoint(path, model=net)
@@ -281,6 +295,7 @@ def test_plan_and_predict_from_the_terminal(tmp_path: Path, capsys: pytest.Captu
     args = [
         "--model.model=tests.test_surroundings.build_detector",
         "--model.quant.weight_bits=8",
+        "--model.quant.weight_range=minmax",
         "--model.steps_per_unit=1",
         "--model.batch_size=2",
         "--data=ImageFolderData",
@@ -303,14 +318,6 @@ def test_plan_and_predict_from_the_terminal(tmp_path: Path, capsys: pytest.Captu
     found = torch.load(next(tmp_path.rglob("predictions.pt")), weights_only=True)
     assert len(found) == 4
     assert all(set(image) == {"boxes", "labels", "scores"} for image in found)
-
-
-@pytest.fixture(scope="module")
-def fitted_part(tmp_path_factory: pytest.TempPathFactory) -> PTQModule:
-    """A detector with a quantized backbone, for tests that only look at it."""
-    module = part_module()
-    trainer(tmp_path_factory.mktemp("part"), logger=False).fit(module, datamodule=detection_data())
-    return module
 
 
 @pytest.mark.parametrize("suffix", ["onnx", "pt2"])

@@ -180,6 +180,12 @@ def eight_bits(tmp_path_factory: pytest.TempPathFactory) -> ptq.PTQModule:
     return fitted(tmp_path_factory.mktemp("eight_bits"), QuantConfig(8, 8))
 
 
+@pytest.fixture(scope="module")
+def models() -> dict[bool, Any]:
+    """What that module was exported to: as it is, and with the outputs of every unit."""
+    return {}
+
+
 @pytest.mark.parametrize(
     ("file", "double", "plain", "passed"),
     [
@@ -195,6 +201,7 @@ def test_ties_are_told_from_errors(
     tmp_path: Path,
     monkeypatch: Any,
     eight_bits: ptq.PTQModule,
+    models: dict[bool, Any],
     file: tuple[float, float],
     double: Any,
     plain: Any,
@@ -202,7 +209,13 @@ def test_ties_are_told_from_errors(
 ) -> None:
     import lightning_ptq.export as package
 
-    measured = iter([(*file, 0.1), (*double, 0.1), (*plain, 0.0)])
+    def made_once(student: Any, shape: Any, metadata: Any, every_unit: bool, integers: bool) -> Any:
+        if every_unit not in models:
+            models[every_unit] = make(student, shape, metadata, every_unit, integers)
+        return models[every_unit]
+
+    make, measured = package.onnx_model, iter([(*file, 0.1), (*double, 0.1), (*plain, 0.0)])
+    monkeypatch.setattr(package, "onnx_model", made_once)
     monkeypatch.setattr(package, "compare_outputs", lambda *args: next(measured))
     report = ptq.export_onnx(eight_bits, tmp_path / "model.onnx", tiny_images(4))
     assert report.passed == passed
