@@ -155,7 +155,8 @@ def test_compare_from_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture
     pytest.importorskip("onnxruntime")
     monkeypatch.chdir(Path(QUICKSTART).parents[1])
     run = f"--trainer.default_root_dir={tmp_path}"
-    main(["fit", "--config", QUICKSTART, run, "--model.steps_per_unit=3", "--trainer.logger=false"])
+    few = ["--model.steps_per_unit=3", "--data.calibration_samples=64"]
+    main(["fit", "--config", QUICKSTART, run, *few, "--trainer.logger=false"])
     config, checkpoint = (str(next(tmp_path.rglob(name))) for name in ("config.yaml", "last.ckpt"))
     packed, exported = str(tmp_path / "digits.ptq"), str(tmp_path / "digits.onnx")
     for output in (packed, exported):

@@ -30,13 +30,13 @@ CASES: dict[str, dict[str, Any]] = {
     "contrastive": {"module": {"contrastive": True}},
     "brecq": {"module": {"method": "brecq"}},
     "accumulated": {"trainer": {"accumulate_grad_batches": 2}},
-    "limited": {"trainer": {"limit_train_batches": 4}},
+    "limited": {"trainer": {"limit_train_batches": 2}},
     "validated each unit": {"trainer": {"check_val_every_n_epoch": 2}},
     "long last epoch": {"module": {"network_steps": 7}},
     "rounded again": {
         "module": {"network_steps": 5, "network_rounding_lr": 0.2, "augment": Augmentation(flip=True, shift=1)}
     },
-    "settled": {"module": {"steps_per_unit": 6, "settle": 0.99}},
+    "settled": {"module": {"steps_per_unit": 4, "settle": 0.99}},
     "corrected": {"module": {"method": "pdquant", "distribution_steps": 3}},
     "flexround": {
         "module": {"method": "flexround", "network_rounding_lr": 0.05, "contrastive": True, "critic": POSITIONS}
