@@ -18,7 +18,8 @@ from lightning_ptq import ImageFolderData
 SIZE = 64
 EPOCHS = {"resnet18": 12, "mobilenet_v2": 20, "efficientnet_b0": 24, "vit_b_16": 1}
 # Depthwise networks that learned so little make much of little: one value that is rounded to the next integer changes
-# many behind it. Their residual branches start closed, and with one of them more epochs follow, with noise: (epochs, deviations).
+# many behind it. Their residual branches start closed, and more epochs follow for one of them, with noise of so many
+# standard deviations: (epochs, deviations).
 DEPTHWISE = ("mobilenet_v2", "efficientnet_b0")
 NOISE = {"efficientnet_b0": ((12, 0.3), (8, 0.6), (5, 0.2))}
 
