@@ -129,7 +129,7 @@ def test_nearest_learns_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["adaround", "brecq", "qdrop", "pdquant", "flexround"])
 @pytest.mark.parametrize("contrastive", [False, True])
 def test_every_method_runs_and_moves_what_it_learns(tmp_path: Path, method: str, contrastive: bool) -> None:
-    module = tiny_module(method=method, contrastive=contrastive, steps_per_unit=20, rounding_lr=0.1, scale_lr=0.01)
+    module = tiny_module(method=method, contrastive=contrastive, steps_per_unit=10, rounding_lr=0.1, scale_lr=0.01)
     trainer(tmp_path).fit(module, datamodule=tiny_data())
     scales = [not torch.equal(q.log_scale, q.initial_log_scale) for q in act_quantizers(module.student)]
     assert any(scales) == (method != "adaround")
