@@ -57,17 +57,17 @@ def test_held_out_images_judge_a_unit() -> None:
 
 
 def test_processes_hold_out_equally_many() -> None:
-    """Eight of 40 images are enough to judge by, seven of 39 are not; another process has 39."""
+    """Eight beyond 32 images are enough to judge by, seven are not and go unused; another process has 39 images."""
 
     def gather(x: torch.Tensor) -> torch.Tensor:
         return torch.stack([x, x - 1 if x.tolist() == [40] else x])
 
-    for size, drawn in ((1, 32), (2, 40)):
+    for size, kept in ((1, 40), (2, 32)):
         module = tiny_module()
         session = Session(module.teacher, module.student)
         images = Images(lambda: tiny_images(40), lambda x: x, 8, "auto", module.quant, "equal", False, 32, False, 0)
         session.enter(0, images, World(CPU, size, gather if size == 2 else lambda x: x[None]))
-        assert session.opened.drawn == drawn
+        assert (session.opened.drawn, len(session.images)) == (32, kept)
 
 
 def test_gradients_flow_through_cached_activations() -> None:
