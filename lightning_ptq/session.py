@@ -273,7 +273,7 @@ class Session:
         least = int(counts.min())
         # The same number everywhere: processes with and without images that judge would judge differently.
         self._held_out = held_out_of(least, data.drawn)
-        check_batch(least - self._held_out, data.batch_size, world.size)
+        check_batch(min(least, data.drawn), data.batch_size, world.size)
         read = data.drawn + self._held_out  # what is too little to judge is not learned from either
         images, counts = images[:read], counts.clamp(max=read)
         digest = int(world.gather(torch.tensor([data_digest(images)])).sum()) % 2**62

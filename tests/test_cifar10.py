@@ -20,7 +20,7 @@ def test_a_few_steps_bring_back_most_of_what_rounding_lost(cifar_root: Path, tmp
             f"--data.root={cifar_root}",
             "--data.calibration_samples=256",
             f"--model.weights={cifar_root / 'teachers' / 'resnet20.pt'}",
-            "--model.steps_per_unit=20",
+            "--model.steps_per_unit=40",
             f"--trainer.default_root_dir={tmp_path}",
             "--trainer.logger=false",
             "--trainer.accelerator=cpu",

@@ -91,8 +91,8 @@ def suggestions(run: Run) -> Iterator[str]:
     if flipped is not None and flipped["flipped_fraction"] > _FLIPPED and not s.get("judging_samples"):
         yield (
             f"In {flipped['name']!r} {_share(flipped['flipped_fraction'])} of the weights are not at their nearest "
-            "value, far from the network that was trained, and all images that judged it were learned from: with a "
-            "tenth more images than `--data.calibration_samples` others judge."
+            "value, far from the network that was trained, and all images that judged it were learned from. Where the "
+            "data has a tenth more images than are drawn, those judge."
         )
     yield from _contrastive(run)
     if s["method"] in ("adaround", "brecq") and min(s["weight_bits"], s["act_bits"]) < 4:
