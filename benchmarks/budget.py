@@ -2,9 +2,10 @@
 
 ResNet-20 on CIFAR-10 at W2A2, by the number of steps of each unit and of the last epoch: how often the calibrated
 network agrees with its teacher on calibration images that no run has seen (the validation images are left for the
-final number), and the processor time of the whole fit in F, one forward pass over 1024 images. One thread, and
-processor time, so that other jobs on the machine disturb little. Rows go to benchmarks/budget.csv, one for each run;
-the table has means over seeds, sorted by time.
+final number; a tenth more than 1024 is left out, which judges where a share is held out), and the processor time of
+the whole fit in F, one forward pass over 1024 images. One thread, and processor time, so that other jobs on the
+machine disturb little. Rows go to benchmarks/budget.csv, one for each run; the table has means over seeds, sorted by
+time.
 """
 
 from __future__ import annotations

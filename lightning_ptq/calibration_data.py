@@ -137,7 +137,14 @@ class CalibrationDataModule(L.LightningDataModule):
     @property
     def calibration_count(self) -> int:
         """How many images will be drawn, as far as that can be told before they are read."""
-        return min(self.calibration_samples, len(cast(Sized, self._calibration)))
+        return self.count_with(0.0)
+
+    def count_with(self, further: float) -> int:
+        """The same with so many more images, as a share of `calibration_samples`."""
+        return min(self._wanted(further), len(cast(Sized, self._calibration)))
+
+    def _wanted(self, further: float) -> int:
+        return self.calibration_samples + int(self.calibration_samples * further)
 
     @property
     def draw_seed(self) -> int:
@@ -151,8 +158,8 @@ class CalibrationDataModule(L.LightningDataModule):
         `world_size`-th image from the r-th on, so all ranks together hold the same images whatever their number.
 
         Args:
-            further: so many more images, as a share of `calibration_samples`, where there are so many. They
-                are the last ones.
+            further: so many more images, as a share of `calibration_samples`, where there are so many; behind the
+                others, which are the same without them.
 
         Warns:
             UserWarning: there are fewer images than `calibration_samples`; all are used.
@@ -161,8 +168,7 @@ class CalibrationDataModule(L.LightningDataModule):
             PTQError: no images, one that cannot be read, or images that are not finite or differ in shape.
         """
         with _seeded(self.draw_seed):
-            count = self.calibration_samples + int(self.calibration_samples * further)
-            images = stack_images(self._draw(rank, world_size, count))
+            images = stack_images(self._draw(rank, world_size, self._wanted(further)))
         self._warn_of_unread(vars(self).get("_calibration"), "calibration")
         return images
 
@@ -277,9 +283,8 @@ class _LoaderData(CalibrationDataModule):
     def setup(self, stage: str) -> None:
         """Nothing to build."""
 
-    @property
-    def calibration_count(self) -> int:
-        return self.calibration_samples
+    def count_with(self, further: float) -> int:
+        return self._wanted(further)
 
     @property
     def image_shape(self) -> Shape | None:
@@ -301,11 +306,6 @@ class _LoaderData(CalibrationDataModule):
                 if seen == count:
                     return
         self._count(seen, warn=rank == 0 and self.calibration_samples != _SAMPLES)
-
-    def calibration_images(self, rank: int = 0, world_size: int = 1, further: float = 0.0) -> Tensor:
-        """The images in the loader's order, but for the further ones."""
-        images = super().calibration_images(rank, world_size, further)
-        return spread(images, max(len(images) - -(-self.calibration_samples // world_size), 0))
 
     def val_dataloader(self) -> Any:
         return [] if self._val_loader is None else self._val_loader
@@ -370,16 +370,6 @@ class _WrappedData(_LoaderData):
         if self.trainer is None and not self._prepared:
             self.prepare_data()
         self.setup(stage)
-
-
-def spread(images: Tensor, last: int) -> Tensor:
-    """The images with every n-th one at the end, `last` of them: a loader may give class by class."""
-    if not last:
-        return images
-    moved = torch.arange(last) * len(images) // last
-    others = torch.ones(len(images), dtype=torch.bool)
-    others[moved] = False
-    return torch.cat([images[others], images[moved]])
 
 
 def _batch_of_images(batch: Any, number: int) -> Tensor:

@@ -94,8 +94,9 @@ class Trainer(L.Trainer):
         print(plan_text(model.chains, model.quant, shape, samples, network, part, model.cache_dtype))
         room = Room(self.strategy.root_device, model.memory_budget, folder, self.world_size)
         try:
-            print(f"\n{model.caches(shape, -(-samples // self.world_size), room)}")
-            print("  with the images and, where a unit ends, its output once more, which the table leaves out")
+            read = _count(datamodule, model.judging)
+            print(f"\n{model.caches(shape, -(-read // self.world_size), room)}")
+            print("  with the images, those that judge, and where a unit ends its output once more: not in the table")
         except PTQError as error:
             print(f"\nno fit: {error}")
         if self.untrained is None:
@@ -218,10 +219,10 @@ def _set_up(datamodule: CalibrationDataModule) -> bool:
     return True
 
 
-def _count(datamodule: CalibrationDataModule) -> int:
-    """How many images a fit would draw; where they are not there yet, as many as it asks for."""
+def _count(datamodule: CalibrationDataModule, further: float = 0.0) -> int:
+    """How many images a fit would read; where they are not there yet, as many as it asks for."""
     try:
-        return datamodule.calibration_count
+        return datamodule.count_with(further)
     except Exception:  # whatever a user's data set raises: a plan does without images
         return datamodule.calibration_samples
 

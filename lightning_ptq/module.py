@@ -387,14 +387,14 @@ class PTQModule(Resuming):
         rank, size = self.global_rank, self.trainer.world_size
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         images = Images(
-            open=lambda: data.calibration_images(rank, size, self._judging),
+            open=lambda: data.calibration_images(rank, size, **({"further": self.judging} if self.judging else {})),
             read=self.checked,
             batch_size=self.batch_size,
             policy=self.cache_policy,
             config=self.quant,
             weighting=self.method.weighting,
             network=self.network_steps > 0,
-            drawn=-(-data.calibration_samples // size),
+            drawn=len(range(rank, data.calibration_samples, size)),
             allow_drift=self.allow_drift,
             round_again=self.network_rounding_lr > 0,
             correction=self.method.distribution_steps,
@@ -420,7 +420,7 @@ class PTQModule(Resuming):
             strategy.configure_ddp()
 
     @property
-    def _judging(self) -> float:
+    def judging(self) -> float:
         """Share of the calibration images that are read in addition, to judge what was learned."""
         return self.held_out if self.method.learns else 0.0
 
@@ -430,7 +430,7 @@ class PTQModule(Resuming):
 
     def caches(self, shape: tuple[int, ...], samples: int, room: Room) -> str:
         """How large caches become, and where they would be kept, for images of `shape` that the network reads."""
-        corrected, samples = self.method.distribution_steps > 0, samples + int(samples * self._judging)
+        corrected = self.method.distribution_steps > 0
         sizes = CacheSizes.of(self.teacher, unit_shapes(self.teacher, shape), samples, self.cache_dtype, corrected)
         return room.text(sizes, room.choose(self.cache_policy, sizes))
 

@@ -129,8 +129,13 @@ class NetworkStart:
         return dict(vars(self))
 
 
-def finish_network(cache: NetworkCache, start: NetworkStart, mean: Mean) -> tuple[UnitReport, Tensor]:
+def finish_network(
+    cache: NetworkCache, start: NetworkStart, mean: Mean, processes: int = 1
+) -> tuple[UnitReport, Tensor]:
     """Judge the last epoch by the network's predictions, undo it where it did harm, and say what happened.
+
+    Args:
+        processes: how many of them `mean` averages over.
 
     Returns:
         (report, the network's final output for all cached images).
@@ -140,7 +145,7 @@ def finish_network(cache: NetworkCache, start: NetworkStart, mean: Mean) -> tupl
     # Not `after > limit`: a NaN must be rejected too.
     accepted = after <= start.prediction * HARM and math.isfinite(mse)
     if cache.drawn < len(cache.images):
-        accepted = accepted and _within_chance(cache, start, out, mean)
+        accepted = accepted and _within_chance(cache, start, out, mean, processes)
     if not accepted:
         start.restore(cache)
         out, mse = cache.student_out(), start.mse
@@ -150,7 +155,7 @@ def finish_network(cache: NetworkCache, start: NetworkStart, mean: Mean) -> tupl
     return report(NETWORK, cache.student, found, errors, accepted, mean), out
 
 
-def _within_chance(cache: NetworkCache, start: NetworkStart, out: Tensor, mean: Mean) -> bool:
+def _within_chance(cache: NetworkCache, start: NetworkStart, out: Tensor, mean: Mean, processes: int) -> bool:
     """Whether the divergence of the images that are held out grew by no more than it may by chance."""
     rows = cache.judged
     with start.restored(cache):
@@ -158,8 +163,8 @@ def _within_chance(cache: NetworkCache, start: NetworkStart, out: Tensor, mean: 
     now, then = (_each(prediction_errors, x, cache.features[rows], cache.device) for x in (out[rows], before))
     growth = now - then
     average, square = mean(torch.stack([growth.mean(), growth.square().mean()])).double().tolist()
-    # Of one process's images: with several it is smaller, and this the more cautious.
-    error = math.sqrt(max(square - average**2, 0.0) / len(growth)) if math.isfinite(square) else math.nan
+    count = len(growth) * processes  # all hold out equally many
+    error = math.sqrt(max(square - average**2, 0.0) / count) if math.isfinite(square) else math.nan
     return bool(average <= CHANCE * error)  # False for NaN
 
 

@@ -32,8 +32,8 @@ from lightning_ptq.sensitivity import sensitivities
 from lightning_ptq.settling import Settling
 from lightning_ptq.store import CacheType, Store, run_chunked
 
-# Fewer images than these judge by chance.
-_LEAST_HELD_OUT = 8
+# Fewer images than these, of all processes, judge by chance.
+_LEAST_HELD_OUT = 16
 CLOCKS = ("ranges", "calibration", "validation", "total")
 
 
@@ -212,7 +212,7 @@ class Session:
         mean = self._world.mean
         if isinstance(self.cache, NetworkCache):
             assert self._network_start is not None
-            report, out = finish_network(self.cache, self._network_start, mean)
+            report, out = finish_network(self.cache, self._network_start, mean, self._world.size)
             self._network_start = None
         else:
             report, out = finish_unit(self.cache, self.importance_of(unit), mean)
@@ -269,13 +269,12 @@ class Session:
         if self._images is not None and self._store is not None:
             return self._images, self._store
         images = data.open()
-        counts = world.gather(torch.tensor([len(images)])).flatten()
-        least = int(counts.min())
+        drawn = min(len(images), data.drawn)
+        counts = world.gather(torch.tensor([[drawn, len(images) - drawn]])).reshape(-1, 2)
+        check_batch(int(counts[:, 0].min()), data.batch_size, world.size)
         # The same number everywhere: processes with and without images that judge would judge differently.
-        self._held_out = held_out_of(least, data.drawn)
-        check_batch(min(least, data.drawn), data.batch_size, world.size)
-        read = data.drawn + self._held_out  # what is too little to judge is not learned from either
-        images, counts = images[:read], counts.clamp(max=read)
+        self._held_out = held_out_of(int(counts[:, 1].min()), world.size)
+        images = images[: drawn + self._held_out]  # what is too little to judge is not learned from either
         digest = int(world.gather(torch.tensor([data_digest(images)])).sum()) % 2**62
         if self.image_digest not in (None, digest):
             refuse(
@@ -284,7 +283,7 @@ class Session:
             )
         self.image_digest = digest
         self.judge_count = self._held_out * world.size
-        self.image_count = int(counts.sum()) - self.judge_count
+        self.image_count = int(counts[:, 0].sum())
         images = self.teacher.laid_out(data.read(images), world.device)
         shapes = unit_shapes(self.teacher, tuple(images.shape[1:]))
         sizes = CacheSizes.of(self.teacher, shapes, len(images), data.dtype, data.correction > 0)
@@ -329,11 +328,9 @@ class Session:
         apply(self.student, bits["weights"], bits["activations"])
 
 
-def held_out_of(images: int, drawn: int) -> int:
-    """How many of a process's images are held out: what there is beyond those that are drawn, or none if that would be
-    too few to judge by."""
-    held_out = max(images - drawn, 0)
-    return held_out if held_out >= _LEAST_HELD_OUT else 0
+def held_out_of(further: int, world_size: int) -> int:
+    """How many images each process holds out where the one with the fewest has so many `further` ones."""
+    return further if further * world_size >= _LEAST_HELD_OUT else 0
 
 
 def check_batch(images: int, batch_size: int, world_size: int) -> None:

@@ -56,18 +56,24 @@ def test_held_out_images_judge_a_unit() -> None:
         assert len(out) == 40
 
 
-def test_processes_hold_out_equally_many() -> None:
-    """Eight beyond 32 images are enough to judge by, seven are not and go unused; another process has 39 images."""
+@pytest.mark.parametrize(
+    ("drawn", "processes", "held_out"),
+    [(24, 1, 16), (25, 1, 0), (24, 2, 15), (33, 2, 0), (33, 3, 6)],
+    ids=["enough", "too few", "two processes", "too few on two", "three processes"],
+)
+def test_processes_hold_out_equally_many(drawn: int, processes: int, held_out: int) -> None:
+    """This one has 40 images, others less; 16 of all together are enough to judge by. What is left goes unused."""
 
     def gather(x: torch.Tensor) -> torch.Tensor:
-        return torch.stack([x, x - 1 if x.tolist() == [40] else x])
+        counts = x.shape == (1, 2)  # (drawn, further)
+        return torch.stack([x - torch.tensor([0, 1]) if counts and k else x for k in range(processes)])
 
-    for size, kept in ((1, 40), (2, 32)):
-        module = tiny_module()
-        session = Session(module.teacher, module.student)
-        images = Images(lambda: tiny_images(40), lambda x: x, 8, "auto", module.quant, "equal", False, 32, False, 0)
-        session.enter(0, images, World(CPU, size, gather if size == 2 else lambda x: x[None]))
-        assert (session.opened.drawn, len(session.images)) == (32, kept)
+    module = tiny_module()
+    session = Session(module.teacher, module.student)
+    images = Images(lambda: tiny_images(40), lambda x: x, 8, "auto", module.quant, "equal", False, drawn, False, 0)
+    session.enter(0, images, World(CPU, processes, gather))
+    assert (session.opened.drawn, len(session.images)) == (drawn, drawn + held_out)
+    assert (session.image_count, session.judge_count) == (drawn * processes, held_out * processes)
 
 
 def test_gradients_flow_through_cached_activations() -> None:

@@ -297,7 +297,7 @@ def test_what_needs_calibration_images_only_goes_without_others_and_says_how_man
     images, output = 8 * 3 * 32**2 * 4 / 2**20, 8 * 16 * 32**2 * 4 / 2**20
     most = float(re.findall(r"^caches: ([\d.]+) MiB at most", printed, re.MULTILINE)[0])
     assert most == pytest.approx(max(table) + images + output, abs=0.11)
-    assert "with the images and, where a unit ends, its output once more" in printed
+    assert "and where a unit ends its output once more" in printed
     assert "rounded to nearest, 8 images: " in printed
     main(["compare", "float", "float", *options])
     printed = capsys.readouterr().out

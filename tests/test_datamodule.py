@@ -94,6 +94,20 @@ def test_a_smaller_draw_begins_a_larger_one() -> None:
     assert few == many[:8]
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_further_images_come_behind_the_others(world_size: int) -> None:
+    loader = CalibrationDataModule.from_loaders(
+        [torch.rand(8, 3, 4, 4), torch.rand(5, 3, 4, 4)], calibration_samples=10
+    )
+    many, few = (Numbered(count, calibration_samples=10) for count in (13, 11))
+    for data, further in ((many, 3), (few, 1), (loader, 3)):
+        for rank in range(world_size):
+            alone, both = (data.calibration_images(rank, world_size, share) for share in (0.0, 0.3))
+            assert torch.equal(both[: len(alone)], alone)
+            assert len(both) == len(range(rank, 10 + further, world_size))
+    assert [few.count_with(share) for share in (0.0, 0.3)] == [10, 11]
+
+
 def test_the_seed_decides_the_draw_and_seed_everything_gives_it() -> None:
     def draw(seed: int | None) -> list[int]:
         return indices(Numbered(50, calibration_samples=20, seed=seed).calibration_images())

@@ -166,6 +166,25 @@ def test_a_small_rise_of_the_divergence_is_no_harm(with_network: PTQModule, fact
     assert finish_network(cache, before, lambda x: x)[0].accepted == accepted
 
 
+@pytest.mark.parametrize(("worse", "accepted"), [(2, True), (40, False)], ids=["some by chance", "all"])
+def test_what_is_held_out_undoes_harm_but_not_chance(
+    with_network: PTQModule, monkeypatch: pytest.MonkeyPatch, worse: int, accepted: bool
+) -> None:
+    """So many of the 40 images that judge get worse; those that are drawn stay as they are."""
+    module, images = deepcopy(with_network), tiny_images(80)
+    with torch.no_grad():
+        head_in, features = module.teacher(images, stop=len(module.teacher) - 1), module.teacher(images)
+    cache = NetworkCache(module.student, images, head_in, features, Store(torch.device("cpu")), drawn=40)
+    before = cache.student_out()
+    after = before.clone()
+    after[40 : 40 + worse] = -features[40 : 40 + worse]
+    start = NetworkStart.of(cache, before, lambda x: x)
+    monkeypatch.setattr(NetworkCache, "student_out", lambda _: after)
+    kept = [parameter.clone() for parameter in cache.learned]
+    assert finish_network(cache, start, lambda x: x)[0].accepted == accepted
+    assert all(torch.equal(a, b) for a, b in zip(kept, cache.learned, strict=True))
+
+
 def test_the_report_holds_the_error_of_the_output(with_network: PTQModule) -> None:
     images = tiny_images(40)
     with torch.no_grad():

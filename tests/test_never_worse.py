@@ -13,7 +13,6 @@ from torch import Tensor
 from lightning_ptq import CalibrationDataModule, PTQModule, QuantConfig, session
 from lightning_ptq.cache import UnitCache
 from lightning_ptq.calibration import no_worse
-from lightning_ptq.calibration_data import spread
 from lightning_ptq.methods import default_rates
 from lightning_ptq.network import NetworkCache
 from lightning_ptq.quantizers import act_quantizers, initial_ranges
@@ -142,7 +141,7 @@ def test_a_network_that_is_worse_as_a_whole_is_put_back(
     assert [report.name for report in module.reports] == list(module.epoch_names)
     assert not any(report.accepted or report.flipped_fraction for report in module.reports)
     # The error that is left, on the images that judge, is that of rounding to nearest.
-    x = spread(tiny_images(IMAGES), IMAGES - DRAWN)[DRAWN - IMAGES :]
+    x = tiny_images(IMAGES)[DRAWN:]
     with torch.no_grad():
         outputs, wanted = module.student(x), module.teacher(x)
     error = float((outputs - wanted).square().sum(1).mean())
@@ -167,11 +166,3 @@ def test_neither_the_mean_nor_that_of_the_usual_images_may_grow() -> None:
     assert not no_worse(torch.tensor([0.5, 0.5, 0.5, 110.0]), before, same)
     assert no_worse(torch.tensor([0.5, 1.1, 2.5, 90.0]), before, same)
     assert not no_worse(torch.full((4,), torch.nan), before, same)
-
-
-def test_held_out_images_come_from_everywhere() -> None:
-    images = torch.arange(103)
-    rows = spread(images, 10)
-    assert sorted(rows.tolist()) == images.tolist()
-    assert rows[-10:].diff().unique().tolist() == [10, 11]
-    assert torch.equal(spread(images, 0), images)

@@ -33,6 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
     "limited": {"trainer": {"limit_train_batches": 2}},
     "validated each unit": {"trainer": {"check_val_every_n_epoch": 2}},
     "long last epoch": {"module": {"network_steps": 7}},
+    "held out": {"module": {"network_steps": 4, "held_out": 0.7}},
     "rounded again": {
         "module": {"network_steps": 5, "network_rounding_lr": 0.2, "augment": Augmentation(flip=True, shift=1)}
     },
@@ -50,7 +51,7 @@ def test_resume_is_bit_equal_from_every_step(tmp_path: Path, case: dict[str, Any
     settings = case.get("trainer", {})
     options = {"steps_per_unit": 3} | case.get("module", {})
     whole = tiny_module(**options)
-    trainer(tmp_path / "whole", callbacks=[every_step], **settings).fit(whole, datamodule=tiny_data())
+    trainer(tmp_path / "whole", callbacks=[every_step], **settings).fit(whole, datamodule=tiny_data(24, more=16))
     expected, reports = (
         quantization_state(whole),
         [(r.name, r.mse_after, r.accepted, r.settled_after) for r in whole.reports],
@@ -60,7 +61,7 @@ def test_resume_is_bit_equal_from_every_step(tmp_path: Path, case: dict[str, Any
     for checkpoint in checkpoints:
         module = tiny_module(**options)
         resumed = trainer(tmp_path / f"resumed-{checkpoint.stem}", enable_checkpointing=False, **settings)
-        resumed.fit(module, datamodule=tiny_data(), ckpt_path=checkpoint)
+        resumed.fit(module, datamodule=tiny_data(24, more=16), ckpt_path=checkpoint)
         assert_equal_states(quantization_state(module), expected)
         assert [(r.name, r.mse_after, r.accepted, r.settled_after) for r in module.reports] == reports
 

@@ -92,7 +92,7 @@ def suggestions(run: Run) -> Iterator[str]:
         yield (
             f"In {flipped['name']!r} {_share(flipped['flipped_fraction'])} of the weights are not at their nearest "
             "value, far from the network that was trained, and all images that judged it were learned from. Where the "
-            "data has a tenth more images than are drawn, those judge."
+            "data has more images than are drawn, a tenth more judge (`--model.held_out 0.1`)."
         )
     yield from _contrastive(run)
     if s["method"] in ("adaround", "brecq") and min(s["weight_bits"], s["act_bits"]) < 4:
