@@ -189,12 +189,14 @@ class Attempt:
                     env=os.environ | environment, stdout=log, stderr=log, start_new_session=True,
                 )  # fmt: skip
 
+    def lines(self) -> list[list[str]]:
+        """What the run wrote down so far, in words; a line that is being written has no end yet."""
+        text = self.marks_file.read_text() if self.marks_file.exists() else ""
+        return [line.split() for line in text.split("\n")[:-1] if line]
+
     def marks(self) -> list[tuple[float, str]]:
         """Seconds since the start and what began then."""
-        if not self.marks_file.exists():
-            return []
-        lines = [line.split(" ", 1) for line in self.marks_file.read_text().splitlines()]
-        return [(float(at) - self.began, name) for at, name in lines if not name.startswith("pid")]
+        return [(float(at) - self.began, " ".join(name)) for at, *name in self.lines() if name[0] != "pid"]
 
     def phase(self) -> str:
         """What it was doing last."""
@@ -211,9 +213,7 @@ class Attempt:
             os.killpg(self.process.pid, number)
             return
         pids = {"0": self.process.pid}
-        if self.marks_file.exists():
-            told = [line.split()[1:] for line in self.marks_file.read_text().splitlines()]
-            pids |= {mark[1]: int(mark[2]) for mark in told if mark[0] == "pid"}
+        pids |= {words[2]: int(words[3]) for words in self.lines() if words[1] == "pid"}
         os.kill(pids.get("1" if whom == "second" else "0", self.process.pid), number)
 
     def wait(self, limit: float) -> float:
