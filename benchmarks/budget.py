@@ -42,9 +42,11 @@ def run(point: str, images: int, bits: str, seed: int, root: Path) -> dict[str, 
     drawn = data.calibration_images()
     seen, unseen = drawn[:1024], drawn[1024 + 102 :]  # those between them judge, where a tenth is held out
     yardstick = Yardstick(trained("resnet20", root), seen)
+    mixed = bits.startswith("mixed")
+    quant = ptq.QuantConfig(average_bits=float(bits[5:])) if mixed else ptq.QuantConfig(int(bits[1]), int(bits[3]))
     module = ptq.PTQModule(
         trained("resnet20", root),
-        ptq.QuantConfig(int(bits[1]), int(bits[3])),
+        quant,
         steps_per_unit=int(steps),
         network_steps=int(network_steps),
         settle=float(settle),
@@ -75,7 +77,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path(DEFAULT_ROOT), help="folder with calib/ and teachers/")
     parser.add_argument("--points", nargs="+", default=POINTS, help="unit steps/last epoch's[/settle[/held_out]]")
     parser.add_argument("--images", type=int, default=1024)
-    parser.add_argument("--bits", default="w2a2")
+    parser.add_argument("--bits", default="w2a2", help="or mixed3: as many bit operations as w3a3")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/budget.csv"))
     parser.add_argument("--one", help=argparse.SUPPRESS)

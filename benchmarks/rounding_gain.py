@@ -1,4 +1,4 @@
-"""What learning the rounding leaves of a weight's error: the factors in `lightning_ptq/allocation.py`.
+"""What learning the rounding leaves of a weight's error: what the shares in `lightning_ptq/sensitivity.py` start from.
 
     python -m benchmarks.rounding_gain --root FOLDER
 

@@ -16,26 +16,20 @@ from lightning_ptq.graph.units import Chain
 from lightning_ptq.quantizers import ActQuantizer
 from lightning_ptq.sensitivity import BITS, Sensitivity
 
-# What a weight's error at 2, 3, 4 and 8 bits counts for once its rounding is learned; sensitivities are those of
-# rounding to nearest. Less than learning it alone leaves (0.5, 0.6, 0.7, 0.9: `python -m benchmarks.rounding_gain`),
-# since corrections and the last epoch take more from weights than from activations: on held-out calibration images of
-# ResNet-20 with 3 bits on average these gave the better network, for both seeds tried.
-LEARNED = {2: 0.1, 3: 0.2, 4: 0.3, 8: 1.0}
-
 
 @dataclass(frozen=True)
 class Allocation:
     """Bits for each layer's weight and for each activation quantizer, by name.
 
     Attributes:
-        error: what the sensitivities add up to.
+        divergence: what the sensitivities' add up to.
         cost: bits of both factors of a multiply-add, multiplied, on average over the multiply-adds of the layers that
             are free; for a budget of size, bits of a weight on average.
     """
 
     weights: dict[str, int]
     activations: dict[str, int]
-    error: float
+    divergence: float
     cost: float
 
 
@@ -45,9 +39,8 @@ def allocate(
     multiply_adds: Mapping[str, int],
     average_bits: float,
     budget: Budget,
-    learned: bool,
 ) -> Allocation:
-    """The bits of all layers that are not fixed, with the least sum of errors within the budget.
+    """The bits of all layers that are not fixed, with the least sum of divergences within the budget.
 
     The budget is that of these layers; fixed ones, and products of activations, neither pay nor are paid for. "bops":
     multiply-adds times bits of both factors, at most what `average_bits` bits for everything would take; "size": bits
@@ -56,7 +49,6 @@ def allocate(
     Args:
         found: sensitivities of all these layers' weights and of what they read.
         multiply_adds: of each layer for one image.
-        learned: weights will be rounded by learning, not to nearest.
 
     Raises:
         PTQError: nothing is free to choose, or no choice is cheap enough.
@@ -64,8 +56,7 @@ def allocate(
     free = [layer for layer in layers if not layer.fixed]
     if not free:
         raise PTQError("average_bits has nothing to choose: every layer's bits are fixed by edges or overrides.")
-    left = LEARNED if learned else dict.fromkeys(BITS, 1.0)
-    errors = {(s.kind, s.name, s.bits): s.error * (left[s.bits] if s.kind == "weight" else 1.0) for s in found}
+    divergence = {(s.kind, s.name, s.bits): s.divergence for s in found}
     tensors = sorted({layer.reads for layer in free})
     # An activation is free if all that read it are, and only bit operations pay for it.
     held = {layer.reads: layer.act_bits for layer in layers if layer.fixed or budget == "size"}
@@ -77,8 +68,8 @@ def allocate(
     price = [multiply_adds[layer.name] * w * a if budget == "bops" else layer.parameters * w for layer, w, a in pairs]
     unit_price = sum(multiply_adds[layer.name] if budget == "bops" else layer.parameters for layer in free)
     limit = unit_price * average_bits ** (2 if budget == "bops" else 1)
-    loss = [errors["weight", layer.name, w] for layer, w, _ in pairs]
-    loss += [0.0 if name in held else errors["activation", name, a] for name, a in activations]
+    loss = [divergence["weight", layer.name, w] for layer, w, _ in pairs]
+    loss += [0.0 if name in held else divergence["activation", name, a] for name, a in activations]
 
     # One choice for each layer; a layer's choice of activation bits is that of the tensor which it reads.
     rows = lil_matrix((len(free) + len(free) * len(BITS) + len(tensors) + 1, count))

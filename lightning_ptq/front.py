@@ -38,9 +38,9 @@ def pareto_front(
     if any(q.enabled for q in weight_quantizers(chains.student)):
         raise PTQError("sensitivities are measured before calibration, and this network has ranges already.")
     equalize(chains.student, images, quant, device, alone)
-    found = sensitivities(chains.teacher, chains.student, images, quant, device, alone)
+    found = sensitivities(chains.teacher, chains.student, images, quant, device, alone, learned)
     costs = layer_multiply_adds(chains.student, tuple(images.shape[1:]))
-    front = {bits: _best(chains, found, costs, bits, quant.budget, learned) for bits in AVERAGES}
+    front = {bits: _best(chains, found, costs, bits, quant.budget) for bits in AVERAGES}
     feasible = {bits: best for bits, best in front.items() if best is not None}
     if not feasible:
         raise PTQError("edges and overrides fix so much that nothing is left to choose. Fix less.")
@@ -53,11 +53,10 @@ def _best(
     costs: Mapping[str, int],
     bits: float,
     budget: Budget,
-    learned: bool,
 ) -> Allocation | None:
     """The best allocation; None if so few bits are too few for what is fixed."""
     try:
-        return allocate(chains.layers, found, costs, bits, budget, learned)
+        return allocate(chains.layers, found, costs, bits, budget)
     except PTQError:
         return None
 
@@ -65,21 +64,25 @@ def _best(
 def front_text(found: Sequence[Sensitivity], front: Mapping[float, Allocation], budget: Budget) -> str:
     """Tables: every tensor and every unit at each number of bits, then the front."""
     columns = "".join(f"{f'{bits} bits':>12}" for bits in BITS)
-    lines = ["Error of the network's output, to first order, if one tensor alone is quantized (MI drop in nats)", ""]
-    lines.append(f"{'tensor':<36} {columns}  {'MI drop at 2 bits':>18}")
+    lines = [
+        "Nats by which predictions leave the teacher's if one tensor alone is quantized (squared error of what are no",
+        "scores of classes); at 2 bits also its unit's error, carried to the output, and what it loses of information",
+        "",
+        f"{'tensor':<36} {columns}  {'error':>10} {'MI drop':>8}",
+    ]
     by_name: dict[tuple[str, str], dict[int, Sensitivity]] = {}
     for s in found:
         by_name.setdefault((s.kind, s.name), {})[s.bits] = s
     for (_, name), row in by_name.items():
-        errors = "".join(f"{row[bits].error:>12.4g}" for bits in BITS)
-        lines.append(f"{name:<36} {errors}  {row[BITS[0]].mi_drop:>18.3f}")
+        nats, worst = "".join(f"{row[bits].divergence:>12.4g}" for bits in BITS), row[BITS[0]]
+        lines.append(f"{name:<36} {nats}  {worst.error:>10.4g} {worst.mi_drop:>8.3f}")
     lines += ["", f"{'unit, all its tensors':<36} {columns}"]
     for unit in dict.fromkeys(s.unit for s in found):
-        sums = (sum(s.error for s in found if (s.unit, s.bits) == (unit, bits)) for bits in BITS)
+        sums = (sum(s.divergence for s in found if (s.unit, s.bits) == (unit, bits)) for bits in BITS)
         lines.append(f"{unit:<36} " + "".join(f"{total:>12.4g}" for total in sums))
     price = "bits of both factors, multiplied and averaged" if budget == "bops" else "bits of weights, averaged"
-    lines += ["", f"{'average_bits':<14} {'error':>10}  {price}"]
-    lines += [f"{bits:<14g} {best.error:>10.4g}  {best.cost:.2f}" for bits, best in front.items()]
+    lines += ["", f"{'average_bits':<14} {'nats':>10}  {price}"]
+    lines += [f"{bits:<14g} {best.divergence:>10.4g}  {best.cost:.2f}" for bits, best in front.items()]
     return "\n".join(lines)
 
 
@@ -98,15 +101,15 @@ def finite(value: Any) -> Any:
 
 
 def plot_front(front: Mapping[float, Allocation], budget: Budget, path: Path) -> None:
-    """Error against cost, as a PNG."""
+    """Divergence against cost, as a PNG."""
     from matplotlib.figure import Figure  # only now: it takes longer to import than the rest of this file
 
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot([best.cost for best in front.values()], [best.error for best in front.values()], marker="o")
+    axes.plot([best.cost for best in front.values()], [best.divergence for best in front.values()], marker="o")
     for bits, best in front.items():
-        axes.annotate(f"{bits:g}", (best.cost, best.error), textcoords="offset points", xytext=(5, 5), fontsize=8)
+        axes.annotate(f"{bits:g}", (best.cost, best.divergence), textcoords="offset points", xytext=(5, 5), fontsize=8)
     label = "bit operations a multiply-add" if budget == "bops" else "bits a weight"
-    axes.set(xlabel=f"{label} (numbers: average_bits)", ylabel="error of the output, to first order", yscale="log")
+    axes.set(xlabel=f"{label} (numbers: average_bits)", ylabel="divergence of predictions, nats", yscale="log")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

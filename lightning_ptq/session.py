@@ -317,9 +317,10 @@ class Session:
             return
         least = int(world.gather(torch.tensor([len(images)])).min())  # rows of all processes are put together
         images, gather, device = images[:least], world.gather, world.device
-        found = sensitivities(self.teacher, self.student, images, data.config, device, gather, store=self._store)
-        costs = layer_multiply_adds(self.student, tuple(images.shape[1:]))
-        chosen = allocate(data.layers, found, costs, average, data.config.budget, data.learned)
+        teacher, student = self.teacher, self.student
+        found = sensitivities(teacher, student, images, data.config, device, gather, data.learned, store=self._store)
+        costs = layer_multiply_adds(student, tuple(images.shape[1:]))
+        chosen = allocate(data.layers, found, costs, average, data.config.budget)
         self.use_bits({"weights": chosen.weights, "activations": chosen.activations})
 
     def use_bits(self, bits: dict[str, dict[str, int]]) -> None:

@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_ptq import PTQError, PTQModule, QuantConfig
-from lightning_ptq.allocation import LEARNED, allocate, apply
+from lightning_ptq.allocation import allocate, apply
 from lightning_ptq.calibration import estimate_ranges
 from lightning_ptq.front import front_text, pareto_front, plot_front
 from lightning_ptq.graph import ChainPair, LayerPlan, build_chain
 from lightning_ptq.graph.arithmetic import layer_multiply_adds
-from lightning_ptq.quantizers import act_quantizers, float_mode
-from lightning_ptq.sensitivity import BITS, Sensitivity, sensitivities
+from lightning_ptq.quantizers import ActQuantizer, act_quantizers, float_mode
+from lightning_ptq.ranges import weight_qparams
+from lightning_ptq.sensitivity import BITS, LEARNED, Sensitivity, sensitivities
 from tests.helpers import assert_equal_states, quantization_state, tiny_data, tiny_images, tiny_net, trainer
 
 CPU = torch.device("cpu")
@@ -32,8 +33,8 @@ def chains(quant: QuantConfig = QuantConfig()) -> ChainPair:  # noqa: B008 (froz
     return build_chain(tiny_net(), quant, "block")
 
 
-def measured(pair: ChainPair, images: Tensor) -> list[Sensitivity]:
-    return sensitivities(pair.teacher, pair.student, images, QuantConfig(), CPU, alone)
+def measured(pair: ChainPair, images: Tensor, learned: bool = False) -> list[Sensitivity]:
+    return sensitivities(pair.teacher, pair.student, images, QuantConfig(), CPU, alone, learned)
 
 
 def test_every_tensor_is_measured_at_every_number_of_bits_and_nothing_is_left_behind() -> None:
@@ -68,6 +69,40 @@ def test_fewer_bits_cost_more_and_the_estimate_is_the_true_error_to_first_order(
         assert 0.3 < found[name, 4].error / true < 3.0, name
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_divergence_is_that_of_the_whole_network_with_one_tensor_quantized(learned: bool) -> None:
+    def sure() -> nn.Module:  # its divergence is far above what float32 resolves
+        net = tiny_net()
+        net.fc.weight.data *= 30.0
+        return net
+
+    images, bits = tiny_images(70), 2  # more than one chunk
+    net, pair = sure(), build_chain(sure(), QuantConfig(), "block")
+    found = {(s.name, s.bits): s for s in measured(pair, images, learned)}
+    with torch.no_grad():
+        wanted = net(images).log_softmax(1)
+    layer = net.get_submodule("blocks.0.conv2")
+    with torch.no_grad():
+        scale, zero_point = weight_qparams(layer.weight, "mse", bits, False, True)  # type: ignore[arg-type]
+        shape = [-1, 1, 1, 1]
+        steps = (layer.weight / scale.view(shape)).round() + zero_point.view(shape)  # type: ignore[operator]
+        rounded = (steps.clamp(0, 3) - zero_point.view(shape)) * scale.view(shape)
+        share = LEARNED[bits] ** 0.5 if learned else 1.0
+        layer.weight += share * (rounded - layer.weight)  # type: ignore[operator]
+        got = net(images).log_softmax(1)
+    true = float((wanted.exp() * (wanted - got)).sum(1).mean())
+    assert found["blocks.0.conv2", bits].divergence == pytest.approx(true, rel=1e-3)
+    # An activation's, with its quantizer switched on in the float network.
+    estimate_ranges(pair.student, images, QuantConfig(), CPU, alone)
+    quantizer = pair.student.find("act_relu_1")
+    assert isinstance(quantizer, ActQuantizer)
+    with float_mode(pair.student), torch.no_grad():
+        quantizer.enabled = True
+        got = pair.student(images).log_softmax(1)
+    true = float((wanted.exp() * (wanted - got)).sum(1).mean())
+    assert found["act_relu_1", 4].divergence == pytest.approx(true, rel=1e-3)
+
+
 def plan(name: str, reads: str, parameters: int, fixed: bool = False) -> LayerPlan:
     return LayerPlan(name, "Conv2d", 0, 4, 4, parameters, reads, fixed)
 
@@ -82,7 +117,7 @@ def random_errors(seed: int) -> list[Sensitivity]:
     for kind, names in (("weight", "abc"), ("activation", "qr")):
         for name in names:
             errors = torch.rand(len(BITS), generator=generator).sort(descending=True).values.tolist()
-            found += [Sensitivity(name, kind, "u", b, e, 0.0) for b, e in zip(BITS, errors, strict=True)]  # type: ignore[arg-type]
+            found += [Sensitivity(name, kind, "u", b, e, 0.0, 0.0) for b, e in zip(BITS, errors, strict=True)]  # type: ignore[arg-type]
     return found
 
 
@@ -91,17 +126,17 @@ def random_errors(seed: int) -> list[Sensitivity]:
 @pytest.mark.parametrize("seed", range(3))
 def test_the_allocation_is_the_best_of_all(budget: Any, average: float, seed: int) -> None:
     found = random_errors(seed)
-    error = {(s.name, s.bits): s.error * (LEARNED[s.bits] if s.kind == "weight" else 1.0) for s in found}
+    lost = {(s.name, s.bits): s.divergence for s in found}
     best = float("inf")
     for a, b, c, q, r in itertools.product(BITS, repeat=5):
         if budget == "size" and (q, r) != (4, 4):
             continue
         cost = 100 * a * q + 50 * b * q + 70 * c * r if budget == "bops" else 10 * a + 30 * b + 5 * c
         if cost <= (220 * average**2 if budget == "bops" else 45 * average) + 1e-9:
-            total = error["a", a] + error["b", b] + error["c", c]
-            best = min(best, total + (error["q", q] + error["r", r] if budget == "bops" else 0.0))
-    chosen = allocate(LAYERS, found, COSTS, average, budget, learned=True)
-    assert chosen.error == pytest.approx(best, rel=1e-6)
+            total = lost["a", a] + lost["b", b] + lost["c", c]
+            best = min(best, total + (lost["q", q] + lost["r", r] if budget == "bops" else 0.0))
+    chosen = allocate(LAYERS, found, COSTS, average, budget)
+    assert chosen.divergence == pytest.approx(best, rel=1e-6)
     assert chosen.cost <= average ** (2 if budget == "bops" else 1) + 1e-6
     assert set(chosen.weights) == {"a", "b", "c"}
     assert set(chosen.activations) == {"q", "r"}
@@ -109,7 +144,7 @@ def test_the_allocation_is_the_best_of_all(budget: Any, average: float, seed: in
 
 def test_what_cannot_be_chosen_is_refused() -> None:
     with pytest.raises(PTQError, match="every layer's bits are fixed"):
-        allocate((LAYERS[3],), [], COSTS, 3.0, "bops", learned=True)
+        allocate((LAYERS[3],), [], COSTS, 3.0, "bops")
     for wrong in (9, "3"):
         with pytest.raises(PTQError, match=r"average_bits=.+ is no number from 2 to 8"):
             QuantConfig(average_bits=wrong)  # type: ignore[arg-type]
@@ -153,8 +188,8 @@ def test_bits_are_given_by_name() -> None:
 
 def test_the_front_falls_and_is_written_down(tmp_path: Path) -> None:
     found, front = pareto_front(chains(), tiny_images(32), QuantConfig(), CPU, learned=True)
-    errors = [best.error for best in front.values()]
-    assert errors == sorted(errors, reverse=True)
+    lost = [best.divergence for best in front.values()]
+    assert lost == sorted(lost, reverse=True)
     text = front_text(found, front, "bops")
     assert "blocks.0.conv1" in text
     assert "unit, all its tensors" in text
