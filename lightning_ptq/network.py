@@ -116,13 +116,12 @@ class NetworkStart:
     @contextmanager
     def restored(self, cache: NetworkCache) -> Iterator[None]:
         """Inside, the cache's student is as it was."""
-        now = [parameter.detach().clone() for parameter in cache.learned]
+        now = replace(self, learned=[parameter.detach().clone() for parameter in cache.learned])
         self.restore(cache)
         try:
             yield
         finally:
-            for parameter, value in zip(cache.learned, now, strict=True):
-                parameter.data.copy_(value)
+            now.restore(cache)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values and tensors only; not copies of them."""
