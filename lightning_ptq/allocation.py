@@ -95,8 +95,11 @@ def allocate(
     rows[row, : len(pairs)] = np.array(price) / limit
     lower.append(0.0)
     upper.append(1.0)
+    finite = np.nan_to_num(np.array(loss), nan=np.inf, posinf=np.inf)
+    most = max(finite[np.isfinite(finite)].max(initial=0.0), 1e-30)
     result = milp(
-        np.array(loss) / max(max(loss), 1e-30),
+        # What overflows or is NaN is worse than all that is not, together.
+        np.where(np.isfinite(finite), finite / most, count + 1.0),
         constraints=LinearConstraint(rows[: row + 1].tocsr(), lower, upper),
         integrality=np.ones(count),
         bounds=Bounds(0, 1),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +142,16 @@ def test_the_allocation_is_the_best_of_all(budget: Any, average: float, seed: in
     assert chosen.cost <= average ** (2 if budget == "bops" else 1) + 1e-6
     assert set(chosen.weights) == {"a", "b", "c"}
     assert set(chosen.activations) == {"q", "r"}
+
+
+@pytest.mark.parametrize("lost", [float("inf"), float("nan")])
+def test_bits_at_which_predictions_overflow_are_not_chosen(lost: float) -> None:
+    cheapest = [replace(s, divergence=0.0 if s.bits == 2 else s.divergence + 5.0) for s in random_errors(0)]
+    kept = [replace(s, divergence=lost) if (s.name, s.bits) == ("a", 2) else s for s in cheapest]
+    assert allocate(LAYERS, cheapest, COSTS, 3.0, "bops").weights["a"] == 2
+    chosen = allocate(LAYERS, kept, COSTS, 3.0, "bops")
+    assert chosen.weights["a"] > 2
+    assert math.isfinite(chosen.divergence)
 
 
 def test_what_cannot_be_chosen_is_refused() -> None:
