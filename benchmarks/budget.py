@@ -1,11 +1,11 @@
 """What a step is worth in a unit and in the last epoch: `python -m benchmarks.budget --root FOLDER`.
 
-ResNet-20 on CIFAR-10 at W2A2, by the number of steps of each unit and of the last epoch: how often the calibrated
-network agrees with its teacher on calibration images that no run has seen (the validation images are left for the
-final number; a tenth more than 1024 is left out, which judges where a share is held out), and the processor time of
-the whole fit in F, one forward pass over 1024 images. One thread, and processor time, so that other jobs on the
-machine disturb little. Rows go to benchmarks/budget.csv, one for each run; the table has means over seeds, sorted by
-time.
+ResNet-20 on CIFAR-10, at W2A2 unless asked otherwise, by the number of steps of each unit and of the last epoch: how
+often the calibrated network agrees with its teacher on calibration images that no run has seen (the validation images
+are left for the final number; a tenth more than 1024 is left out, which judges where a share is held out), and the
+processor time of the whole fit in F, one forward pass over 1024 images. One thread, and processor time, so that other
+jobs on the machine disturb little. Rows go to benchmarks/budget.csv, one for each run; the table has means over seeds,
+sorted by time.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ from benchmarks.training import shared_images, train
 from lightning_ptq import CalibrationDataModule, ImageFolderData, PTQModule, QuantConfig
 from lightning_ptq.datasets import digits
 
-# Digits of a number; numbers that are calibrated on, and that judge; steps of training, and numbers of each.
+# Digits of a number; numbers to calibrate on, of which a tenth judges; those of the accuracies; steps of training, and
+# numbers of each.
 PLACES, SEEN, JUDGED, TRAINING, BATCH = 3, 1126, 4000, 4000, 100
 
 
@@ -47,7 +48,7 @@ def numbers(train: bool, count: int, generator: torch.Generator) -> tuple[Tensor
     images, labels = digits(train=train).tensors
     drawn = torch.randint(len(images), (count, PLACES), generator=generator)
     worth = 10 ** torch.arange(PLACES - 1, -1, -1)
-    return torch.cat(list(images[drawn].unbind(1)), 3), (labels[drawn] * worth).sum(1)
+    return torch.cat(images[drawn].unbind(1), 3), (labels[drawn] * worth).sum(1)
 
 
 def reader() -> nn.Module:
@@ -97,16 +98,17 @@ def prepared(data: str, root: Path, epochs: int, weights: Path | None) -> tuple[
         model = transformer(data)
         model.load_state_dict(torch.load(weights, weights_only=True))
         return model.eval(), datamodule
-    if data == "cifar10":
-        images, targets = shared_images(root)
-    else:
-        images, labels = digits(train=True).tensors
-        targets = nn.functional.one_hot(labels, 10).float()
-    torch.manual_seed(0)
-    real = data == "cifar10"
     if data == "numbers":
+        torch.manual_seed(0)
         model = reader()
     else:
+        if data == "cifar10":
+            images, targets = shared_images(root)
+        else:
+            images, labels = digits(train=True).tensors
+            targets = nn.functional.one_hot(labels, 10).float()
+        torch.manual_seed(0)
+        real = data == "cifar10"
         model = train(transformer(data), images, targets, epochs, 3e-3, 50, 0.1, shift=3 if real else 1, mirror=real)
     if weights is not None:
         torch.save(model.state_dict(), weights)

@@ -10,11 +10,12 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import lil_matrix
 
 from lightning_ptq.config import Budget
+from lightning_ptq.divergence import Divergences
 from lightning_ptq.errors import PTQError
 from lightning_ptq.graph import LayerPlan
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.quantizers import ActQuantizer
-from lightning_ptq.sensitivity import BITS, Sensitivity
+from lightning_ptq.sensitivity import BITS, Kind
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Allocation:
     """Bits for each layer's weight and for each activation quantizer, by name.
 
     Attributes:
-        divergence: what the sensitivities' add up to.
+        divergence: the sum of those of the tensors at these bits.
         cost: bits of both factors of a multiply-add, multiplied, on average over the multiply-adds of the layers that
             are free; for a budget of size, bits of a weight on average.
     """
@@ -33,9 +34,21 @@ class Allocation:
     cost: float
 
 
+def choices(layers: Sequence[LayerPlan], budget: Budget) -> set[tuple[Kind, str]]:
+    """The tensors whose bits `allocate` chooses."""
+    held, free = _held(layers, budget), [layer for layer in layers if not layer.fixed]
+    read: set[tuple[Kind, str]] = {("activation", layer.reads) for layer in free if layer.reads not in held}
+    return read | {("weight", layer.name) for layer in free}
+
+
+def _held(layers: Sequence[LayerPlan], budget: Budget) -> dict[str, int]:
+    """Bits of activations that are not free: one is if all that read it are, and only bit operations pay for it."""
+    return {layer.reads: layer.act_bits for layer in layers if layer.fixed or budget == "size"}
+
+
 def allocate(
     layers: Sequence[LayerPlan],
-    found: Sequence[Sensitivity],
+    found: Divergences,
     multiply_adds: Mapping[str, int],
     average_bits: float,
     budget: Budget,
@@ -47,7 +60,7 @@ def allocate(
     of parameters, at most `average_bits` on average, while activations keep theirs. Solved to optimality.
 
     Args:
-        found: sensitivities of all these layers' weights and of what they read.
+        found: `divergences` of the `choices` there are.
         multiply_adds: of each layer for one image.
 
     Raises:
@@ -56,20 +69,18 @@ def allocate(
     free = [layer for layer in layers if not layer.fixed]
     if not free:
         raise PTQError("average_bits has nothing to choose: every layer's bits are fixed by edges or overrides.")
-    divergence = {(s.kind, s.name, s.bits): s.divergence for s in found}
     tensors = sorted({layer.reads for layer in free})
-    # An activation is free if all that read it are, and only bit operations pay for it.
-    held = {layer.reads: layer.act_bits for layer in layers if layer.fixed or budget == "size"}
-    choices = {name: [held[name]] if name in held else list(BITS) for name in tensors}
-    pairs = [(layer, w, a) for layer in free for w in BITS for a in choices[layer.reads]]
-    activations = [(name, a) for name in tensors for a in choices[name]]
+    held = _held(layers, budget)
+    widths = {name: [held[name]] if name in held else list(BITS) for name in tensors}
+    pairs = [(layer, w, a) for layer in free for w in BITS for a in widths[layer.reads]]
+    activations = [(name, a) for name in tensors for a in widths[name]]
     count = len(pairs) + len(activations)
 
     price = [multiply_adds[layer.name] * w * a if budget == "bops" else layer.parameters * w for layer, w, a in pairs]
     unit_price = sum(multiply_adds[layer.name] if budget == "bops" else layer.parameters for layer in free)
     limit = unit_price * average_bits ** (2 if budget == "bops" else 1)
-    loss = [divergence["weight", layer.name, w] for layer, w, _ in pairs]
-    loss += [0.0 if name in held else divergence["activation", name, a] for name, a in activations]
+    loss = [found["weight", layer.name, w] for layer, w, _ in pairs]
+    loss += [0.0 if name in held else found["activation", name, a] for name, a in activations]
 
     # One choice for each layer; a layer's choice of activation bits is that of the tensor which it reads.
     rows = lil_matrix((len(free) + len(free) * len(BITS) + len(tensors) + 1, count))
@@ -81,7 +92,7 @@ def allocate(
         lower.append(1.0)
         upper.append(1.0)
         row += 1
-        for a in choices[layer.reads]:
+        for a in widths[layer.reads]:
             rows[row, [i for i in mine if pairs[i][2] == a]] = 1
             rows[row, len(pairs) + activations.index((layer.reads, a))] = -1
             lower.append(0.0)
@@ -95,11 +106,12 @@ def allocate(
     rows[row, : len(pairs)] = np.array(price) / limit
     lower.append(0.0)
     upper.append(1.0)
-    finite = np.nan_to_num(np.array(loss), nan=np.inf, posinf=np.inf)
-    most = max(finite[np.isfinite(finite)].max(initial=0.0), 1e-30)
+    losses = np.array(loss)
+    finite = np.isfinite(losses)
+    most = max(losses[finite].max(initial=0.0), 1e-30)
     result = milp(
         # What overflows or is NaN is worse than all that is not, together.
-        np.where(np.isfinite(finite), finite / most, count + 1.0),
+        np.where(finite, losses / most, count + 1.0),
         constraints=LinearConstraint(rows[: row + 1].tocsr(), lower, upper),
         integrality=np.ones(count),
         bounds=Bounds(0, 1),
@@ -116,7 +128,7 @@ def allocate(
     return Allocation(
         {layer.name: w for layer, w, _ in taken},
         {layer.reads: a for layer, _, a in taken},
-        float(np.array(loss)[chosen].sum()),
+        float(losses[chosen].sum()),
         float(cost),
     )
 

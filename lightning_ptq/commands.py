@@ -116,11 +116,11 @@ class Trainer(L.Trainer):
         _set_up(datamodule)
         images = model.checked(datamodule.calibration_images())[:RANGE_IMAGES]
         learned = model.method.rounding != "nearest"
-        found, front = pareto_front(model.to(device).chains, images, model.quant, device, learned)
-        print(front_text(found, front, model.quant.budget))
+        front = pareto_front(model.to(device).chains, images, model.quant, device, learned)
+        print(front_text(front))
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "sensitivity.json", front_data(found, front))
-        plot_front(front, model.quant.budget, folder / "sensitivity.png")
+        write_json(folder / "sensitivity.json", front_data(front))
+        plot_front(front, folder / "sensitivity.png")
         print(f"\nwritten: {folder / 'sensitivity.json'}, {folder / 'sensitivity.png'}")
 
     def export(

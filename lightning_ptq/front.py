@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_ptq.allocation import Allocation, allocate
 from lightning_ptq.calibration import alone
 from lightning_ptq.config import Budget, QuantConfig
+from lightning_ptq.divergence import Divergences, divergences
 from lightning_ptq.equalize import equalize
 from lightning_ptq.errors import PTQError
 from lightning_ptq.graph import ChainPair
@@ -24,10 +25,25 @@ from lightning_ptq.sensitivity import BITS, Sensitivity, sensitivities
 AVERAGES = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
 
 
-def pareto_front(
-    chains: ChainPair, images: Tensor, quant: QuantConfig, device: torch.device, learned: bool
-) -> tuple[list[Sensitivity], dict[float, Allocation]]:
-    """What each tensor costs at each number of bits, and the best mixture for each average; trains nothing.
+@dataclass(frozen=True)
+class Front:
+    """What each tensor costs, and what is best for each average.
+
+    Attributes:
+        sensitivities, divergences: of every tensor at every number of bits.
+        best: average bits -> the best mixture; averages that are too little for what is fixed are left out.
+        budget: what an average is one of. learned: weights will be rounded by learning.
+    """
+
+    sensitivities: list[Sensitivity]
+    divergences: Divergences
+    best: dict[float, Allocation]
+    budget: Budget
+    learned: bool
+
+
+def pareto_front(chains: ChainPair, images: Tensor, quant: QuantConfig, device: torch.device, learned: bool) -> Front:
+    """Measure what each tensor costs at each number of bits, and find the best mixtures; trains nothing.
 
     Args:
         images: (N, C, H, W) to measure on. learned: the rounding will be learned.
@@ -35,64 +51,65 @@ def pareto_front(
     Raises:
         PTQError: the student has ranges already, or nothing is free to choose.
     """
-    if any(q.enabled for q in weight_quantizers(chains.student)):
+    teacher, student = chains.teacher, chains.student
+    if any(q.enabled for q in weight_quantizers(student)):
         raise PTQError("sensitivities are measured before calibration, and this network has ranges already.")
-    equalize(chains.student, images, quant, device, alone)
-    found = sensitivities(chains.teacher, chains.student, images, quant, device, alone, learned)
-    costs = layer_multiply_adds(chains.student, tuple(images.shape[1:]))
-    front = {bits: _best(chains, found, costs, bits, quant.budget) for bits in AVERAGES}
-    feasible = {bits: best for bits, best in front.items() if best is not None}
+    equalize(student, images, quant, device, alone)
+    found = sensitivities(teacher, student, images, quant, device, alone)
+    lost = divergences(teacher, student, images, quant, device, alone, learned)
+    costs = layer_multiply_adds(student, tuple(images.shape[1:]))
+    tried = {bits: _best(chains, lost, costs, bits, quant.budget) for bits in AVERAGES}
+    feasible = {bits: best for bits, best in tried.items() if best is not None}
     if not feasible:
         raise PTQError("edges and overrides fix so much that nothing is left to choose. Fix less.")
-    return found, feasible
+    return Front(found, lost, feasible, quant.budget, learned)
 
 
 def _best(
-    chains: ChainPair,
-    found: Sequence[Sensitivity],
-    costs: Mapping[str, int],
-    bits: float,
-    budget: Budget,
+    chains: ChainPair, lost: Divergences, costs: Mapping[str, int], bits: float, budget: Budget
 ) -> Allocation | None:
     """The best allocation; None if so few bits are too few for what is fixed."""
     try:
-        return allocate(chains.layers, found, costs, bits, budget)
+        return allocate(chains.layers, lost, costs, bits, budget)
     except PTQError:
         return None
 
 
-def front_text(found: Sequence[Sensitivity], front: Mapping[float, Allocation], budget: Budget) -> str:
-    """Tables: every tensor and every unit at each number of bits, then the front."""
+def front_text(front: Front) -> str:
+    """Tables: every tensor and every unit at each number of bits, then the best mixtures."""
     columns = "".join(f"{f'{bits} bits':>12}" for bits in BITS)
+    share = ["(a weight: with the share of its rounding error that learning leaves to count)."] if front.learned else []
     lines = [
-        "Nats by which predictions leave the teacher's if one tensor alone is quantized (squared error of what are no",
-        "scores of classes); at 2 bits also its unit's error, carried to the output, and what it loses of information",
+        "Divergence of the output from the teacher's if one tensor alone is quantized",
+        *share,
+        "At 2 bits rounded to nearest: its unit's error, carried to the output, and the drop of information in nats.",
         "",
         f"{'tensor':<36} {columns}  {'error':>10} {'MI drop':>8}",
     ]
-    by_name: dict[tuple[str, str], dict[int, Sensitivity]] = {}
-    for s in found:
-        by_name.setdefault((s.kind, s.name), {})[s.bits] = s
-    for (_, name), row in by_name.items():
-        nats, worst = "".join(f"{row[bits].divergence:>12.4g}" for bits in BITS), row[BITS[0]]
-        lines.append(f"{name:<36} {nats}  {worst.error:>10.4g} {worst.mi_drop:>8.3f}")
+    for s in front.sensitivities:
+        if s.bits == BITS[0]:
+            lost = "".join(f"{front.divergences[s.kind, s.name, bits]:>12.4g}" for bits in BITS)
+            lines.append(f"{s.name:<36} {lost}  {s.error:>10.4g} {s.mi_drop:>8.3f}")
     lines += ["", f"{'unit, all its tensors':<36} {columns}"]
-    for unit in dict.fromkeys(s.unit for s in found):
-        sums = (sum(s.divergence for s in found if (s.unit, s.bits) == (unit, bits)) for bits in BITS)
+    for unit in dict.fromkeys(s.unit for s in front.sensitivities):
+        own = [(s.kind, s.name) for s in front.sensitivities if (s.unit, s.bits) == (unit, BITS[0])]
+        sums = (sum(front.divergences[kind, name, bits] for kind, name in own) for bits in BITS)
         lines.append(f"{unit:<36} " + "".join(f"{total:>12.4g}" for total in sums))
-    price = "bits of both factors, multiplied and averaged" if budget == "bops" else "bits of weights, averaged"
-    lines += ["", f"{'average_bits':<14} {'nats':>10}  {price}"]
-    lines += [f"{bits:<14g} {best.divergence:>10.4g}  {best.cost:.2f}" for bits, best in front.items()]
+    price = "bits of both factors, multiplied and averaged" if front.budget == "bops" else "bits of weights, averaged"
+    lines += ["", f"{'average_bits':<14} {'divergence':>10}  {price}"]
+    lines += [f"{bits:<14g} {best.divergence:>10.4g}  {best.cost:.2f}" for bits, best in front.best.items()]
     return "\n".join(lines)
 
 
-def front_data(found: Sequence[Sensitivity], front: Mapping[float, Allocation]) -> dict[str, Any]:
+def front_data(front: Front) -> dict[str, Any]:
     """The same in plain values, with the bits of every allocation."""
-    plain = [asdict(s) for s in found]
-    return {
-        "sensitivities": [{key: finite(value) for key, value in row.items()} for row in plain],
-        "front": [{"average_bits": bits, **asdict(best)} for bits, best in front.items()],
-    }
+    rows = [asdict(s) | {"divergence": front.divergences[s.kind, s.name, s.bits]} for s in front.sensitivities]
+    best = [{"average_bits": bits, **asdict(best)} for bits, best in front.best.items()]
+    return {"sensitivities": _plain(rows), "front": _plain(best)}
+
+
+def _plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: finite(value) for key, value in row.items()} for row in rows]
 
 
 def finite(value: Any) -> Any:
@@ -100,16 +117,16 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def plot_front(front: Mapping[float, Allocation], budget: Budget, path: Path) -> None:
+def plot_front(front: Front, path: Path) -> None:
     """Divergence against cost, as a PNG."""
     from matplotlib.figure import Figure  # only now: it takes longer to import than the rest of this file
 
     figure = Figure(figsize=(5, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([best.cost for best in front.values()], [best.divergence for best in front.values()], marker="o")
-    for bits, best in front.items():
-        axes.annotate(f"{bits:g}", (best.cost, best.divergence), textcoords="offset points", xytext=(5, 5), fontsize=8)
-    label = "bit operations a multiply-add" if budget == "bops" else "bits a weight"
-    axes.set(xlabel=f"{label} (numbers: average_bits)", ylabel="divergence of predictions, nats", yscale="log")
+    axes, best = figure.subplots(), front.best.values()
+    axes.plot([b.cost for b in best], [b.divergence for b in best], marker="o")
+    for bits, b in front.best.items():
+        axes.annotate(f"{bits:g}", (b.cost, b.divergence), textcoords="offset points", xytext=(5, 5), fontsize=8)
+    label = "bit operations a multiply-add" if front.budget == "bops" else "bits a weight"
+    axes.set(xlabel=f"{label} (numbers: average_bits)", ylabel="sum of divergences", yscale="log")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

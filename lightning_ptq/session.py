@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ptq.allocation import allocate, apply
+from lightning_ptq.allocation import allocate, apply, choices
 from lightning_ptq.cache import UnitCache
 from lightning_ptq.calibration import RANGE_IMAGES, UnitReport, estimate_ranges, finish_unit, judged_errors
 from lightning_ptq.config import QuantConfig
+from lightning_ptq.divergence import divergences
 from lightning_ptq.equalize import equalize
 from lightning_ptq.errors import PTQError
 from lightning_ptq.fingerprint import data_digest, refuse
@@ -28,7 +29,7 @@ from lightning_ptq.metrics import classes, has_scores
 from lightning_ptq.network import NetworkCache, NetworkStart, finish_network, put_back, worse_than_nearest
 from lightning_ptq.quantizers import weight_quantizers
 from lightning_ptq.record import Curves, seen_by
-from lightning_ptq.sensitivity import sensitivities
+from lightning_ptq.sensitivity import BITS
 from lightning_ptq.settling import Settling
 from lightning_ptq.store import CacheType, Store, run_chunked
 
@@ -315,12 +316,12 @@ class Session:
         average = data.config.average_bits
         if average is None:
             return
-        least = int(world.gather(torch.tensor([len(images)])).min())  # rows of all processes are put together
-        images, gather, device = images[:least], world.gather, world.device
-        teacher, student = self.teacher, self.student
-        found = sensitivities(teacher, student, images, data.config, device, gather, data.learned, store=self._store)
+        among = choices(data.layers, data.config.budget)
+        data.say(f"mixed precision: {len(among)} tensors are tried at {', '.join(map(str, BITS))} bits, one at a time")
+        teacher, student, gather, device = self.teacher, self.student, world.gather, world.device
+        lost = divergences(teacher, student, images, data.config, device, gather, data.learned, among, self._store)
         costs = layer_multiply_adds(student, tuple(images.shape[1:]))
-        chosen = allocate(data.layers, found, costs, average, data.config.budget)
+        chosen = allocate(data.layers, lost, costs, average, data.config.budget)
         self.use_bits({"weights": chosen.weights, "activations": chosen.activations})
 
     def use_bits(self, bits: dict[str, dict[str, int]]) -> None:
