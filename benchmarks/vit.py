@@ -1,8 +1,8 @@
 """Small vision transformers, trained here on real images, then quantized: `python -m benchmarks.vit --seeds 0 1 2`.
 
 torchvision's own class. "digits": 4 layers of width 64, trained on the 1000 images of the demo's training part, judged
-on the other 797. "numbers": the same network reads three of them side by side, one class for each of the 1000 numbers;
-4000 numbers of the other images judge. "cifar10" (`--data cifar10 --root FOLDER`): 6 layers of width 96, trained on the
+on the other 797. "numbers": one of width 48 reads three of them side by side, one class for each of the 1000 numbers; it
+is trained on numbers made of the same 1000 images, and 4000 numbers made of the others judge. "cifar10" (`--data cifar10 --root FOLDER`): 6 layers of width 96, trained on the
 2050 images of `calib/` with the predictions of the shared ResNet-20 as targets, judged on `val/`. Calibration sees
 training images without labels.
 """
@@ -28,16 +28,17 @@ from lightning_ptq.datasets import digits
 
 # Digits of a number; numbers to calibrate on, of which a tenth judges; those of the accuracies; steps of training, and
 # numbers of each.
-PLACES, SEEN, JUDGED, TRAINING, BATCH = 3, 1126, 4000, 4000, 100
+PLACES, SEEN, JUDGED, TRAINING, BATCH = 3, 1126, 4000, 8000, 100
+WIDTH = 48
 
 
 class Reader(VisionTransformer):
     """torchvision's transformer for images that are no squares."""
 
     def __init__(self, places: int) -> None:
-        super().__init__(8, 2, num_layers=4, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=10**places)
-        self.conv_proj = nn.Conv2d(1, 64, 2, 2)
-        self.encoder.pos_embedding = nn.Parameter(torch.empty(1, 16 * places + 1, 64).normal_(std=0.02))
+        super().__init__(8, 2, num_layers=4, num_heads=4, hidden_dim=WIDTH, mlp_dim=2 * WIDTH, num_classes=10**places)
+        self.conv_proj = nn.Conv2d(1, WIDTH, 2, 2)
+        self.encoder.pos_embedding = nn.Parameter(torch.empty(1, 16 * places + 1, WIDTH).normal_(std=0.02))
 
     def _process_input(self, x: Tensor) -> Tensor:
         return self.conv_proj(x).flatten(2).transpose(1, 2)
