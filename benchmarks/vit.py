@@ -1,10 +1,10 @@
 """Small vision transformers, trained here on real images, then quantized: `python -m benchmarks.vit --seeds 0 1 2`.
 
 torchvision's own class. "digits": 4 layers of width 64, trained on the 1000 images of the demo's training part, judged
-on the other 797. "numbers": one of width 48 reads three of them side by side, one class for each of the 1000 numbers; it
-is trained on numbers made of the same 1000 images, and 4000 numbers made of the others judge. "cifar10" (`--data cifar10 --root FOLDER`): 6 layers of width 96, trained on the
-2050 images of `calib/` with the predictions of the shared ResNet-20 as targets, judged on `val/`. Calibration sees
-training images without labels.
+on the other 797. "numbers": 4 layers of width 48 read three digits side by side, one class for each of the 1000
+numbers; they are trained on numbers made of the same 1000 images, and 4000 numbers made of the others judge. "cifar10"
+(`--data cifar10 --root FOLDER`): 6 layers of width 96, trained on the 2050 images of `calib/` with the predictions of
+the shared ResNet-20 as targets, judged on `val/`. Calibration sees training images without labels.
 """
 
 from __future__ import annotations
