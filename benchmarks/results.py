@@ -137,20 +137,21 @@ def time_table(runs: Runs) -> list[str]:
 
 
 def plot(runs: Runs, grid: str, x: str, label: str, path: Path, log: bool) -> bool:
-    """Accuracy of a grid's points against a setting, one line with and one without the term."""
+    """Accuracy of a grid's points against a setting; a line with and without the term, and for each last epoch."""
     _, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
-    places = set()
-    for contrastive in ("False", "True"):
-        curve = []
-        for point in points(GRIDS[grid]):
-            rows = list(seeds_of(runs, point).values())
-            if rows and rows[0]["contrastive"] == contrastive:
-                tops = column(rows, "student_top1")
-                at = rows[0][x]
-                curve.append((float(at) if log else at, mean(tops), stdev(tops) if len(tops) > 1 else 0.0))
+    places, curves = set(), defaultdict(list)
+    for point in points(GRIDS[grid]):
+        rows = list(seeds_of(runs, point).values())
+        if rows:
+            tops, at = column(rows, "student_top1"), rows[0][x]
+            found = (float(at) if log else at, mean(tops), stdev(tops) if len(tops) > 1 else 0.0)
+            curves[rows[0]["contrastive"] == "True", point["network_steps"]].append(found)
+    several = len({steps for _, steps in curves}) > 1
+    for (contrastive, steps), curve in curves.items():
         if len(curve) > 1:
-            name = "qdrop + contrastive" if contrastive == "True" else "qdrop"
-            axes.errorbar(*zip(*curve, strict=True), marker="o", capsize=3, label=name)
+            last = f", {steps or 'default'} network_steps" if several else ""
+            name = "qdrop + contrastive" if contrastive else "qdrop"
+            axes.errorbar(*zip(*curve, strict=True), marker="o", capsize=3, label=name + last)
             places |= {at for at, *_ in curve}
     if log:
         axes.set_xscale("log")
