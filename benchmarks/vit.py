@@ -1,7 +1,7 @@
 """Small vision transformers, trained here on real images, then quantized: `python -m benchmarks.vit --seeds 0 1 2`.
 
 torchvision's own class. "digits": 4 layers of width 64, trained on the 1000 images of the demo's training part, judged
-on the other 797. "numbers": 4 layers of width 48 read three digits side by side, one class for each of the 1000
+on the other 797. "numbers": 4 layers of width 56 read three digits side by side, one class for each of the 1000
 numbers; they are trained on numbers made of the same 1000 images, and 4000 numbers made of the others judge. "cifar10"
 (`--data cifar10 --root FOLDER`): 6 layers of width 96, trained on the 2050 images of `calib/` with the predictions of
 the shared ResNet-20 as targets, judged on `val/`. Calibration sees training images without labels.
@@ -28,8 +28,8 @@ from lightning_ptq.datasets import digits
 
 # Digits of a number; numbers to calibrate on, of which a tenth judges; those of the accuracies; steps of training, and
 # numbers of each.
-PLACES, SEEN, JUDGED, TRAINING, BATCH = 3, 1126, 4000, 8000, 100
-WIDTH = 48
+PLACES, SEEN, JUDGED, TRAINING, BATCH = 3, 1126, 4000, 5000, 100
+WIDTH = 56
 
 
 class Reader(VisionTransformer):
