@@ -1,4 +1,4 @@
-"""What learning the rounding leaves of a weight's error: what the shares in `lightning_ptq/sensitivity.py` start from.
+"""What learning the rounding leaves of a weight's error: what the shares in `lightning_ptq/divergence.py` are less than.
 
     python -m benchmarks.rounding_gain --root FOLDER
 
