@@ -1,4 +1,4 @@
-"""What learning the rounding leaves of a weight's error: what the shares in `lightning_ptq/divergence.py` are less than.
+"""What learning the rounding leaves of a weight's error; the shares in `lightning_ptq/divergence.py` are less than it.
 
     python -m benchmarks.rounding_gain --root FOLDER
 

@@ -35,10 +35,18 @@ class Allocation:
 
 
 def choices(layers: Sequence[LayerPlan], budget: Budget) -> set[tuple[Kind, str]]:
-    """The tensors whose bits `allocate` chooses."""
-    held, free = _held(layers, budget), [layer for layer in layers if not layer.fixed]
+    """The tensors whose bits `allocate` chooses; raises `PTQError` if there are none."""
+    held, free = _held(layers, budget), _free(layers)
     read: set[tuple[Kind, str]] = {("activation", layer.reads) for layer in free if layer.reads not in held}
     return read | {("weight", layer.name) for layer in free}
+
+
+def _free(layers: Sequence[LayerPlan]) -> list[LayerPlan]:
+    """The layers whose bits are to be chosen."""
+    free = [layer for layer in layers if not layer.fixed]
+    if not free:
+        raise PTQError("average_bits has nothing to choose: every layer's bits are fixed by edges or overrides.")
+    return free
 
 
 def _held(layers: Sequence[LayerPlan], budget: Budget) -> dict[str, int]:
@@ -66,9 +74,7 @@ def allocate(
     Raises:
         PTQError: nothing is free to choose, or no choice is cheap enough.
     """
-    free = [layer for layer in layers if not layer.fixed]
-    if not free:
-        raise PTQError("average_bits has nothing to choose: every layer's bits are fixed by edges or overrides.")
+    free = _free(layers)
     tensors = sorted({layer.reads for layer in free})
     held = _held(layers, budget)
     widths = {name: [held[name]] if name in held else list(BITS) for name in tensors}

@@ -206,6 +206,8 @@ def test_bits_at_which_predictions_overflow_are_not_chosen(worst: float) -> None
 def test_what_cannot_be_chosen_is_refused() -> None:
     with pytest.raises(PTQError, match="every layer's bits are fixed"):
         allocate((LAYERS[3],), [], COSTS, 3.0, "bops")
+    with pytest.raises(PTQError, match="every layer's bits are fixed"):  # before anything is measured
+        choices((LAYERS[3],), "bops")
     for wrong in (9, "3"):
         with pytest.raises(PTQError, match=r"average_bits=.+ is no number from 2 to 8"):
             QuantConfig(average_bits=wrong)  # type: ignore[arg-type]
