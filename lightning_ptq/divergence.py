@@ -70,8 +70,7 @@ def divergences(
 
     with float_mode(student):
         for k, unit in enumerate(student.units):
-            for name, quantizer, layer in quantizers_of(unit):
-                kind: Kind = "activation" if layer is None else "weight"
+            for kind, name, quantizer, layer in quantizers_of(unit):
                 if among is not None and (kind, name) not in among:
                     continue
                 for bits in BITS:

@@ -96,7 +96,7 @@ def causes(
     chains: ChainPair, images: Tensor, quant: QuantConfig, device: torch.device
 ) -> tuple[tuple[str, float], ...]:
     """(tensor, its share of the error) for all with a large share, each quantized to eight bits alone."""
-    found = sensitivities(chains.teacher, chains.student, images, quant, device, alone, bits=(8,))
+    found = sensitivities(chains.teacher, chains.student, images, quant, device, bits=(8,))
     total = sum(s.error for s in found) or 1.0
     shares = sorted(((title(s, chains), s.error / total) for s in found), key=lambda pair: -pair[1])
     return tuple((name, share) for name, share in shares if share >= _BLAME) or tuple(shares[:1])

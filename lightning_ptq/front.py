@@ -55,7 +55,7 @@ def pareto_front(chains: ChainPair, images: Tensor, quant: QuantConfig, device: 
     if any(q.enabled for q in weight_quantizers(student)):
         raise PTQError("sensitivities are measured before calibration, and this network has ranges already.")
     equalize(student, images, quant, device, alone)
-    found = sensitivities(teacher, student, images, quant, device, alone)
+    found = sensitivities(teacher, student, images, quant, device)
     lost = divergences(teacher, student, images, quant, device, alone, learned)
     costs = layer_multiply_adds(student, tuple(images.shape[1:]))
     tried = {bits: _best(chains, lost, costs, bits, quant.budget) for bits in AVERAGES}

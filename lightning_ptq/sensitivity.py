@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_ptq.calibration import Gather, observe, weight_range
+from lightning_ptq.calibration import alone, observe, weight_range
 from lightning_ptq.config import QuantConfig
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.importance import channel_fisher
@@ -21,7 +21,7 @@ from lightning_ptq.losses.critic import projected
 from lightning_ptq.metrics import mi_lower_bound
 from lightning_ptq.quantizers import ActQuantizer, float_mode, forget_ranges
 from lightning_ptq.ranges import Histogram
-from lightning_ptq.store import Store, chunks, run_chunked, widened
+from lightning_ptq.store import chunks, run_chunked, widened
 from lightning_ptq.weights import WeightQuantizer
 
 BITS = (2, 3, 4, 8)
@@ -53,38 +53,34 @@ def sensitivities(
     images: Tensor,
     config: QuantConfig,
     device: torch.device,
-    gather: Gather,
     bits: Sequence[int] = BITS,
-    store: Store | None = None,
 ) -> list[Sensitivity]:
     """Every weight and activation of `student` at every one of `bits`, in the network's order.
 
     The student must have no ranges yet, and has none afterwards. Costs a pass of one unit for each entry.
 
     Args:
-        images: (N, C, H, W) of this process. gather: tensor -> that tensor of every process.
-        store: for one unit's input and output; None takes where the images lie.
+        images: (N, C, H, W).
 
     Raises:
         PTQError: what `observe` raises.
     """
-    seen = observe(student, images, device, gather)
-    fisher = channel_fisher(teacher, images, device, gather)
+    seen = observe(student, images, device, alone)
+    fisher = channel_fisher(teacher, images, device, alone)
     found: list[Sensitivity] = []
     x = images
     with float_mode(student):
         for k, name in enumerate(student.names):
-            unit, target = student.units[k], run_chunked(teacher.units[k], x, device, store)
+            unit, target = student.units[k], run_chunked(teacher.units[k], x, device)
             dim, weights = student.channel_dim(k, target.shape), fisher[k].to(device)
             wanted = torch.cat([projected(channels_first(t.to(device), dim).float()) for t in chunks(target)])
-            best = _information(wanted, wanted, gather)
-            for tensor, quantizer, layer in quantizers_of(unit):
+            best = _information(wanted, wanted)
+            for kind, tensor, quantizer, layer in quantizers_of(unit):
                 for width in bits:
                     with alone_at(width, quantizer, layer, seen, config):
                         noise, rows = _compare(unit, x, target, dim, device)
-                    error = float(_mean((noise * weights).sum() / len(x), gather))
-                    drop = best - _information(rows, wanted, gather)
-                    kind: Kind = "activation" if layer is None else "weight"
+                    error = float((noise * weights).sum() / len(x))
+                    drop = best - _information(rows, wanted)
                     found.append(Sensitivity(tensor, kind, name, width, error, drop))
             x = target
     forget_ranges(student)
@@ -93,14 +89,14 @@ def sensitivities(
 
 def quantizers_of(
     unit: torch.nn.Module,
-) -> Iterator[tuple[str, WeightQuantizer | ActQuantizer, QuantizedLayer | None]]:
-    """(name, quantizer, the layer whose weight it quantizes, if it does) of every quantizer in a unit."""
+) -> Iterator[tuple[Kind, str, WeightQuantizer | ActQuantizer, QuantizedLayer | None]]:
+    """(kind, name, quantizer, the layer whose weight it quantizes, if it does) of every quantizer in a unit."""
     layers = dict(quantized_layers(unit))
     for name, module in unit.named_modules():
         if isinstance(module, ActQuantizer):
-            yield name, module, None
+            yield "activation", name, module, None
         elif name in layers:
-            yield name, layers[name].weight_quantizer, layers[name]
+            yield "weight", name, layers[name].weight_quantizer, layers[name]
 
 
 @contextmanager
@@ -139,11 +135,6 @@ def _compare(unit: torch.nn.Module, x: Tensor, target: Tensor, dim: int, device:
     return torch.stack(noise).sum(0), torch.cat(rows)
 
 
-def _information(student: Tensor, teacher: Tensor, gather: Gather) -> float:
-    student, teacher = (torch.cat(list(gather(rows))) for rows in (student, teacher))
+def _information(student: Tensor, teacher: Tensor) -> float:
     bound = mi_lower_bound(student, teacher)
     return bound if math.isfinite(bound) else 0.0
-
-
-def _mean(x: Tensor, gather: Gather) -> Tensor:
-    return torch.stack(list(gather(x))).mean(0)

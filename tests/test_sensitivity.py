@@ -37,7 +37,7 @@ def chains(quant: QuantConfig = QuantConfig()) -> ChainPair:  # noqa: B008 (froz
 
 
 def measured(pair: ChainPair, images: Tensor) -> list[Sensitivity]:
-    return sensitivities(pair.teacher, pair.student, images, QuantConfig(), CPU, alone)
+    return sensitivities(pair.teacher, pair.student, images, QuantConfig(), CPU)
 
 
 def lost_by(pair: ChainPair, images: Tensor, learned: bool, **options: Any) -> Divergences:
