@@ -44,9 +44,9 @@ class Reader(VisionTransformer):
         return self.conv_proj(x).flatten(2).transpose(1, 2)
 
 
-def numbers(train: bool, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(images (count, 1, 8, 8 * PLACES), numbers (count,)), of digits drawn from one part of the demo's."""
-    images, labels = digits(train=train).tensors
+def numbers(part: TensorDataset, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(images (count, 1, 8, 8 * PLACES), numbers (count,)), of digits drawn from one `part` of the demo's."""
+    images, labels = part.tensors
     drawn = torch.randint(len(images), (count, PLACES), generator=generator)
     worth = 10 ** torch.arange(PLACES - 1, -1, -1)
     return torch.cat(images[drawn].unbind(1), 3), (labels[drawn] * worth).sum(1)
@@ -54,12 +54,12 @@ def numbers(train: bool, count: int, generator: torch.Generator) -> tuple[Tensor
 
 def reader() -> nn.Module:
     """A `Reader`, trained on numbers that are drawn anew for each step."""
-    model, generator = Reader(PLACES), torch.Generator().manual_seed(1)
+    model, part, generator = Reader(PLACES), digits(train=True), torch.Generator().manual_seed(1)
     nn.init.trunc_normal_(model.heads.head.weight, std=0.02)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=5e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=TRAINING)
     for _ in range(TRAINING):
-        images, wanted = numbers(True, BATCH, generator)
+        images, wanted = numbers(part, BATCH, generator)
         loss = nn.functional.cross_entropy(model(images), wanted)
         optimizer.zero_grad()
         loss.backward()
@@ -88,8 +88,8 @@ def prepared(data: str, root: Path, epochs: int, weights: Path | None) -> tuple[
         if data == "cifar10":
             return ImageFolderData(str(root), resize=None, crop=None, seed=seed)
         if data == "numbers":
-            seen, _ = numbers(True, SEEN, torch.Generator().manual_seed(100 + seed))
-            judged = numbers(False, JUDGED, torch.Generator().manual_seed(7))
+            seen, _ = numbers(digits(train=True), SEEN, torch.Generator().manual_seed(100 + seed))
+            judged = numbers(digits(train=False), JUDGED, torch.Generator().manual_seed(7))
             loaders = DataLoader(TensorDataset(seen), 100), DataLoader(TensorDataset(*judged), 500)
             return CalibrationDataModule.from_loaders(*loaders, calibration_samples=1024)
         train_part, val_part = TensorDataset(digits(train=True).tensors[0]), digits(train=False)
