@@ -177,6 +177,11 @@ def test_images_are_stacked_as_float32_copies() -> None:
     assert stacked.sum() > 0
 
 
+def test_many_images_are_stacked_in_their_order() -> None:
+    images = torch.randn(101, 3, 2, 2)
+    torch.testing.assert_close(stack_images((str(i), image) for i, image in enumerate(images)), images, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
