@@ -17,6 +17,9 @@ from lightning_ptq.graph.units import Chain
 from lightning_ptq.quantizers import ActQuantizer
 from lightning_ptq.sensitivity import BITS, Kind
 
+# A layer with bits of its weight and of what it reads.
+Pair = tuple[LayerPlan, int, int]
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -78,9 +81,8 @@ def allocate(
     tensors = sorted({layer.reads for layer in free})
     held = _held(layers, budget)
     widths = {name: [held[name]] if name in held else list(BITS) for name in tensors}
-    pairs = [(layer, w, a) for layer in free for w in BITS for a in widths[layer.reads]]
+    pairs: list[Pair] = [(layer, w, a) for layer in free for w in BITS for a in widths[layer.reads]]
     activations = [(name, a) for name in tensors for a in widths[name]]
-    count = len(pairs) + len(activations)
 
     price = [multiply_adds[layer.name] * w * a if budget == "bops" else layer.parameters * w for layer, w, a in pairs]
     unit_price = sum(multiply_adds[layer.name] if budget == "bops" else layer.parameters for layer in free)
@@ -88,55 +90,61 @@ def allocate(
     loss = [found["weight", layer.name, w] for layer, w, _ in pairs]
     loss += [0.0 if name in held else found["activation", name, a] for name, a in activations]
 
-    # One choice for each layer; a layer's choice of activation bits is that of the tensor which it reads.
-    rows = lil_matrix((len(free) + len(free) * len(BITS) + len(tensors) + 1, count))
-    lower, upper = [], []
-    row = 0
-    for layer in free:
-        mine = [i for i, pair in enumerate(pairs) if pair[0] is layer]
-        rows[row, mine] = 1
-        lower.append(1.0)
-        upper.append(1.0)
-        row += 1
-        for a in widths[layer.reads]:
-            rows[row, [i for i in mine if pairs[i][2] == a]] = 1
-            rows[row, len(pairs) + activations.index((layer.reads, a))] = -1
-            lower.append(0.0)
-            upper.append(0.0)
-            row += 1
-    for name in tensors:
-        rows[row, [len(pairs) + i for i, (tensor, _) in enumerate(activations) if tensor == name]] = 1
-        lower.append(1.0)
-        upper.append(1.0)
-        row += 1
-    rows[row, : len(pairs)] = np.array(price) / limit
-    lower.append(0.0)
-    upper.append(1.0)
-    losses = np.array(loss)
-    finite = np.isfinite(losses)
-    most = max(losses[finite].max(initial=0.0), 1e-30)
-    result = milp(
-        # What overflows or is NaN is worse than all that is not, together.
-        np.where(finite, losses / most, count + 1.0),
-        constraints=LinearConstraint(rows[: row + 1].tocsr(), lower, upper),
-        integrality=np.ones(count),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 0.0},
-    )
-    if result.x is None:
+    within = np.append(np.array(price) / limit, np.zeros(len(activations)))
+    chosen = _least(np.array(loss), [_consistent(pairs, activations), LinearConstraint(within, 0.0, 1.0)])
+    if chosen is None:
         raise PTQError(
             f"average_bits={average_bits:g} is too little: with what edges and overrides fix, no choice of "
             f"{', '.join(map(str, BITS))} bits is that cheap. Give more, or fix less."
         )
-    chosen = result.x > 0.5
     taken = [pair for pair, on in zip(pairs, chosen, strict=False) if on]
     cost = sum(p for p, on in zip(price, chosen, strict=False) if on) / unit_price
     return Allocation(
         {layer.name: w for layer, w, _ in taken},
         {layer.reads: a for layer, _, a in taken},
-        float(losses[chosen].sum()),
+        float(np.array(loss)[chosen].sum()),
         float(cost),
     )
+
+
+def _consistent(pairs: Sequence[Pair], activations: Sequence[tuple[str, int]]) -> LinearConstraint:
+    """One choice for each layer and each tensor, and a layer's activation bits are those of the tensor it reads.
+
+    Variables are whether each pair is chosen, then whether each tensor has these bits.
+    """
+    layers: dict[str, list[int]] = {}
+    for i, (layer, _, _) in enumerate(pairs):
+        layers.setdefault(layer.name, []).append(i)
+    tensors: dict[str, list[int]] = {}
+    for j, (tensor, _) in enumerate(activations, start=len(pairs)):
+        tensors.setdefault(tensor, []).append(j)
+    # The sum of some variables is 1, or it is that of one tensor's.
+    rows: list[tuple[list[int], int | None]] = [(each, None) for each in (*layers.values(), *tensors.values())]
+    for mine in layers.values():
+        choices_of_tensor = tensors[pairs[mine[0]][0].reads]
+        rows += [([i for i in mine if pairs[i][2] == activations[j - len(pairs)][1]], j) for j in choices_of_tensor]
+    matrix = lil_matrix((len(rows), len(pairs) + len(activations)))
+    for row, (added, equal_to) in enumerate(rows):
+        matrix[row, added] = 1.0
+        if equal_to is not None:
+            matrix[row, equal_to] = -1.0
+    total = np.array([float(equal_to is None) for _, equal_to in rows])
+    return LinearConstraint(matrix.tocsr(), total, total)
+
+
+def _least(losses: np.ndarray, constraints: list[LinearConstraint]) -> np.ndarray | None:
+    """Which of the variables, each 0 or 1, to choose for the least sum of losses; None if no choice is allowed."""
+    finite = np.isfinite(losses)
+    most = max(losses[finite].max(initial=0.0), 1e-30)
+    result = milp(
+        # What overflows or is NaN is worse than all that is not, together.
+        np.where(finite, losses / most, len(losses) + 1.0),
+        constraints=constraints,
+        integrality=np.ones(len(losses)),
+        bounds=Bounds(0, 1),
+        options={"mip_rel_gap": 0.0},
+    )
+    return None if result.x is None else result.x > 0.5
 
 
 def apply(student: Chain, weights: Mapping[str, int], activations: Mapping[str, int]) -> None:

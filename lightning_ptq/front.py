@@ -77,7 +77,7 @@ def _best(
 
 def front_text(front: Front) -> str:
     """Tables: every tensor and every unit at each number of bits, then the best mixtures."""
-    columns = "".join(f"{f'{bits} bits':>10}" for bits in BITS)
+    columns = "".join(f"{f'{bits} bits':>12}" for bits in BITS)
     share = ["(a weight: with the share of its rounding error that learning leaves to count)."] if front.learned else []
     lines = [
         "Divergence of the output from the teacher's if one tensor alone is quantized",
@@ -88,13 +88,13 @@ def front_text(front: Front) -> str:
     ]
     for s in front.sensitivities:
         if s.bits == BITS[0]:
-            lost = "".join(f"{front.divergences[s.kind, s.name, bits]:>10.4g}" for bits in BITS)
+            lost = "".join(f"{front.divergences[s.kind, s.name, bits]:>12.4g}" for bits in BITS)
             lines.append(f"{s.name:<36} {lost}  {s.error:>10.4g} {s.mi_drop:>8.3f}")
     lines += ["", f"{'unit, all its tensors':<36} {columns}"]
     for unit in dict.fromkeys(s.unit for s in front.sensitivities):
         own = [(s.kind, s.name) for s in front.sensitivities if (s.unit, s.bits) == (unit, BITS[0])]
         sums = (sum(front.divergences[kind, name, bits] for kind, name in own) for bits in BITS)
-        lines.append(f"{unit:<36} " + "".join(f"{total:>10.4g}" for total in sums))
+        lines.append(f"{unit:<36} " + "".join(f"{total:>12.4g}" for total in sums))
     price = "bits of both factors, multiplied and averaged" if front.budget == "bops" else "bits of weights, averaged"
     lines += ["", f"{'average_bits':<14} {'divergence':>10}  {price}"]
     lines += [f"{bits:<14g} {best.divergence:>10.4g}  {best.cost:.2f}" for bits, best in front.best.items()]

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_ptq.allocator import give_back_freed_memory
 from lightning_ptq.errors import PTQError
 
 Tier = Literal["device", "host", "disk"]
@@ -112,6 +113,8 @@ def chunks(x: Tensor, size: int = CHUNK, numbers: int = CHUNK_SIZE) -> Iterator[
     for start in range(0, len(x), size):
         yield x[start : start + size]
         release()
+        if _mapped:  # memory is scarce: holes that blocks of other sizes left would stay, and add up unit by unit
+            give_back_freed_memory()
 
 
 def run_chunked(

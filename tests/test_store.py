@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import gc
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from lightning_ptq import PTQError
+from lightning_ptq.allocator import keep_freed_memory
 from lightning_ptq.store import Store, Tier, chunks, is_channels_last, readable, release, run_chunked, take
 
 CPU = torch.device("cpu")
@@ -48,22 +50,41 @@ def test_rounded_tensors_are_computed_with_in_float32(tmp_path: Path) -> None:
         assert take(kept, torch.tensor([1]), CPU).dtype == torch.float32
 
 
+def resident(*kinds: str) -> int:
+    """KiB of this process's memory of these kinds."""
+    status = Path("/proc/self/status").read_text()
+    return sum(int(status.split(f"{kind}:")[1].split()[0]) for kind in kinds)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
+def test_holes_that_freed_blocks_left_do_not_stay_beside_files(tmp_path: Path) -> None:
+    if not keep_freed_memory():
+        pytest.skip("no glibc")
+    gc.collect()  # files of other tests
+    blocks = [torch.ones(2**20) for _ in range(64)]  # of 4 MiB
+    del blocks[::2]
+    kept = resident("RssAnon")
+    assert kept > len(blocks) * 4 * 2**10 * 2, "freed blocks stay"
+    for _ in chunks(torch.zeros(4, 2)):
+        pass
+    assert resident("RssAnon") > kept - 2**14, "where all is in memory they are for the next step"
+    there = Store(CPU, "disk", tmp_path).put(torch.zeros(4, 2))
+    for _ in chunks(there):
+        pass
+    assert resident("RssAnon") < kept - 3 * 2**15, "most of 128 MiB"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
 def test_what_was_read_or_written_does_not_stay_in_memory(tmp_path: Path) -> None:
     """Of the process; and what is released is not lost."""
-
-    def resident() -> int:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("RssFile:")[1].split()[0]) + int(status.split("RssAnon:")[1].split()[0])
-
-    if not sys.platform.startswith("linux"):
-        pytest.skip("/proc is Linux's")
+    kinds = ("RssFile", "RssAnon")
     x = Store(CPU, "disk", tmp_path).empty((64, 2**18), torch.float32)  # 64 MiB
     x[:4] = 0.0  # whatever the first use allocates
     release()
-    before, most = resident(), 0
+    before, most = resident(*kinds), 0
     for some in chunks(x, 4):
         some.fill_(1.0)
-        most = max(most, resident())
+        most = max(most, resident(*kinds))
     assert most - before < 3 * 4 * 2**10, "KiB: no more than some parts"
     assert sum(float(some.sum()) for some in chunks(x, 4)) == x.numel()
 
