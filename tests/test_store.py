@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import signal
-import gc
 import sys
 from pathlib import Path
 
