@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 import lightning_ptq as ptq
 from benchmarks.common import DEFAULT_ROOT, Yardstick, append, calibrate, commit, in_process, read, trained
 
-# unit steps/last epoch's steps[/settle[/images held out, as a share]]
+# unit steps/last epoch's steps[/settle[/images held out, as a share]], the last two 0 and 0.1 if they are left out
 POINTS = ("20/20", "50/50", "100/13", "100/100", "250/32", "200/200", "500/224", "2000/447")
 COLUMNS = ("point", "images", "bits", "seed", "f_seconds", "f", "agreement", "commit")
 # (images, point) -> F, mean and standard deviation of the agreement, runs.
@@ -37,7 +37,8 @@ def run(point: str, images: int, bits: str, seed: int, root: Path) -> dict[str, 
     """One calibration in this process."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    steps, network_steps, settle, held_out = (*point.split("/"), *("0", "0.1")[point.count("/") - 1 :])
+    parts = point.split("/")
+    steps, network_steps, settle, held_out = (*parts, *("0", "0.1")[len(parts) - 2 :])
     data = ptq.ImageFolderData(str(root), resize=None, crop=None, calibration_samples=2050, seed=seed)
     data.setup("fit")
     drawn = data.calibration_images()
@@ -84,6 +85,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="PNG of agreement against time")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if max(args.images) > 1024:
+        parser.error("--images: at most 1024, the others tell what was learned")
     if args.one:
         print(json.dumps(run(**json.loads(args.one), root=args.root)))
         return
@@ -122,7 +125,7 @@ def plot(found: Means, path: Path) -> None:
     axes = figure.subplots()
     for images in sorted({images for images, _ in found}, key=int):
         mine = [value for (known, point), value in found.items() if known == images and point.count("/") == 1]
-        f, rates, spreads, _ = zip(*mine, strict=True)
+        f, rates, spreads = ([value[i] for value in mine] for i in range(3))
         axes.errorbar(f, rates, spreads, marker="o", capsize=3, label=f"{images} images")
     axes.set(xscale="log", xlabel="F, forward passes over 1024 images", ylabel="agreement with the teacher, %")
     axes.grid(alpha=0.3, which="both")

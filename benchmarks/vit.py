@@ -131,13 +131,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=100, help="of training, but for numbers")
     parser.add_argument("--bits", type=int, nargs="+", default=[4])
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--network-steps", type=int, help="of the last epoch, if not the default")
+    parser.add_argument("--network-steps", type=int, help="of the last epoch; 0 for none, else the default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--contrastive", action="store_true")
     args = parser.parse_args()
     model, datamodule = prepared(args.data, args.root, args.epochs, args.weights)
     shape = {"digits": (1, 8, 8), "numbers": (1, 8, 8 * PLACES), "cifar10": (3, 32, 32)}[args.data]
-    steps = f"{args.steps} steps per unit, last epoch of {args.network_steps or 'the default'}"
+    last = "of default length" if args.network_steps is None else f"of {args.network_steps} steps"
+    steps = f"{args.steps} steps per unit, last epoch {last}"
     print(f"commit {commit()}, {args.data}, {steps}, contrastive {args.contrastive}")
     for bits in args.bits:
         options = {"steps_per_unit": args.steps, "contrastive": args.contrastive, "image_shape": shape}

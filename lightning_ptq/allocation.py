@@ -118,7 +118,7 @@ def _consistent(pairs: Sequence[Pair], activations: Sequence[tuple[str, int]]) -
     tensors: dict[str, list[int]] = {}
     for j, (tensor, _) in enumerate(activations, start=len(pairs)):
         tensors.setdefault(tensor, []).append(j)
-    # The sum of some variables is 1, or it is that of one tensor's.
+    # The sum of some variables is 1, or equals the one variable of a tensor's bits.
     rows: list[tuple[list[int], int | None]] = [(each, None) for each in (*layers.values(), *tensors.values())]
     for mine in layers.values():
         choices_of_tensor = tensors[pairs[mine[0]][0].reads]

@@ -1,4 +1,4 @@
-"""Keep freed host memory in the process while it calibrates, and give it back afterwards.
+"""Keep freed host memory in the process while it calibrates, and give it back afterwards, or where it is scarce.
 
 A calibration step on the CPU allocates and frees the same few megabytes some hundred times. glibc gives blocks of that
 size back to the kernel each time, and zeroing the pages anew costs as much as some of the arithmetic on them

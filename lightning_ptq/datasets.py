@@ -29,7 +29,6 @@ CIFAR10_STD: Channels = (0.2470, 0.2435, 0.2616)
 
 DIGITS_TRAINING = 1000  # of the 1797 images of scikit-learn's load_digits
 DIGITS_SPLIT_SEED = 0  # fixed: the shipped teacher has seen exactly the training part of this split
-_FIRST_BLOCK = 16  # images
 
 
 def eval_transform(
@@ -238,8 +237,8 @@ def stack_images(items: Iterable[tuple[str, Any]]) -> Tensor:
     Raises:
         PTQError: no images, or one that is not a float (C, H, W) tensor, holds NaN or infinity, or differs in shape.
     """
-    # One block that grows, and not a list, which would be held twice in the end; pages not written take no memory.
-    images, count, first = torch.empty(0), 0, ""
+    images: list[Tensor] = []
+    first = ""
     for name, item in items:
         image = image_of(item, name)
         if image.ndim != 3 or not image.is_floating_point():
@@ -247,20 +246,15 @@ def stack_images(items: Iterable[tuple[str, Any]]) -> Tensor:
                 f"{name} is {image.dtype} of shape {tuple(image.shape)}; calibration needs float (C, H, W), as "
                 "the model reads it. Convert and normalise it in the data set's transform."
             )
-        if count and image.shape != images.shape[1:]:
+        if images and image.shape != images[0].shape:
             raise PTQError(
-                f"{name} has shape {tuple(image.shape)} where {first} has {tuple(images.shape[1:])}; calibration "
-                "stacks its images. Resize and crop all to one size (data.resize, data.crop)."
+                f"{name} has shape {tuple(image.shape)} where {first} has {tuple(images[0].shape)}; calibration stacks "
+                "its images. Resize and crop all to one size (data.resize, data.crop)."
             )
         if not image.isfinite().all():
             raise PTQError(f"{name} holds NaN or infinite pixels. Remove it or correct the transform that made them.")
         first = first or name
-        if count == len(images):
-            larger = torch.empty(max(2 * count, _FIRST_BLOCK), *image.shape, dtype=torch.float32)
-            larger[:count] = images.view(count, *image.shape)
-            images = larger
-        images[count] = image.detach()
-        count += 1
-    if not count:
+        images.append(image.detach().to("cpu", torch.float32, copy=True))  # copied: a view keeps its whole batch alive
+    if not images:
         raise PTQError("There are no calibration images. Give at least one for each rank, better several hundred.")
-    return images[:count]
+    return torch.stack(images)

@@ -108,7 +108,10 @@ def release() -> None:
 
 
 def chunks(x: Tensor, size: int = CHUNK, numbers: int = CHUNK_SIZE) -> Iterator[Tensor]:
-    """Slices of at most `size` rows, and of at most so many `numbers` unless one row has more."""
+    """Slices of at most `size` rows, and of at most so many `numbers` unless one row has more.
+
+    Behind each, what was read of files leaves memory; so does what the heap keeps free, while there are files at all.
+    """
     size = max(1, min(size, numbers // max(x[0].numel(), 1))) if len(x) else size
     for start in range(0, len(x), size):
         yield x[start : start + size]
