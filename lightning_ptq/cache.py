@@ -5,6 +5,7 @@ Each unit is run once over the images for each advance; the units before it are 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from lightning_ptq.errors import PTQError
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.losses.critic import pooled
 from lightning_ptq.seeds import mixed_seed
-from lightning_ptq.store import Store, chunks, run_chunked, take
+from lightning_ptq.store import Store, chunks, run_chunked, sent, take
 
 # Images that judge where none are held out.
 JUDGE_IMAGES = 256
@@ -70,14 +71,14 @@ class UnitCache:
         """Rows that judge: those held out, or else some that are drawn."""
         return judged_rows(self.drawn, len(self.teacher_in))
 
-    def minibatch(self, index: Tensor, corrected: bool = False) -> Minibatch:
-        """Rows `index` (B,) of the caches, all below `drawn`; of the teacher's side as corrected, if it is."""
-        index = index.to(self.teacher_in.device)
+    def minibatch(self, index: Tensor, corrected: bool = False, into: Minibatch | None = None) -> Minibatch:
+        """Rows `index` (B,) of the caches, all below `drawn`; of the teacher's side as corrected, if it is.
+
+        Args:
+            into: an earlier minibatch of the unit, whose memory is written to.
+        """
         teacher = self._correction() if corrected and self.correction else (self.teacher_in, self.teacher_out)
-        tensors = (self.student_in, *teacher, self.features)
-        student_in, teacher_in, teacher_out, features = (take(x, index, self.device) for x in tensors)
-        rows = index.to(self.device, non_blocking=True)
-        return Minibatch(student_in, teacher_in, teacher_out, features, rows)
+        return Minibatch(*gathered((self.student_in, *teacher, self.features), index, self.device, into))
 
     def student_out(self, rows: slice = slice(None)) -> Tensor:
         """The student unit's output for these rows, as quantized now; finite or not."""
@@ -110,6 +111,23 @@ class UnitCache:
         if chain is self.teacher:
             check_finite(out, chain.names[self.unit])
         return out
+
+
+def gathered(
+    tensors: Sequence[Tensor], index: Tensor, device: torch.device, into: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """Rows `index` (B,), which lies in host memory, of each of the tensors, and these numbers, all on `device`.
+
+    Args:
+        into: what an earlier call gave, whose memory is written to.
+    """
+    rows = sent(index, device) if into is None else into[-1].copy_(sent(index, device))
+    places: Sequence[Tensor | None] = [None] * len(tensors) if into is None else into
+    found = [
+        take(x, rows if x.device.type == device.type else index, device, place)
+        for x, place in zip(tensors, places, strict=False)
+    ]
+    return [*found, rows]
 
 
 def judged_rows(drawn: int, total: int) -> slice:

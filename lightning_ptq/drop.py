@@ -17,13 +17,16 @@ class DropMask:
     """QDrop's random choice between quantized and float elements (Wei et al. 2022, section 4.2).
 
     Random numbers are drawn once for each size of tensor, into a pool somewhat longer than it; a mask is a window of
-    the pool whose place is drawn anew each time, so that a step costs no random numbers and no pass over the mask.
-    Masks are a pure function of the seeds and the order of calls since `seed`.
+    the pool whose place is drawn anew each time, so that a step costs no random numbers and no pass over the mask. A
+    GPU draws them anew, which costs it nothing, from a counter: a step that is played back (`replay.py`) goes on
+    with the counter, while a window could not move. Masks are a pure function of the seeds and the order of calls since
+    `seed`.
     """
 
     def __init__(self, probability: float) -> None:
         self.probability, self.active = probability, True
         self._pools: dict[tuple[int, torch.device], Tensor] = {}
+        self.generator: torch.Generator | None = None  # of a GPU, once there is a mask on it
         self._pool_seed = self._seed = self._calls = 0
 
     def seed(self, pool: int, step: int) -> None:
@@ -31,6 +34,8 @@ class DropMask:
         if pool != self._pool_seed:
             self.forget()
         self._pool_seed, self._seed, self._calls = pool, step, 0
+        if self.generator is not None:
+            self.generator.manual_seed(step)
 
     def forget(self) -> None:
         """Drop the pools; they are drawn again when they are needed."""
@@ -40,6 +45,10 @@ class DropMask:
         """Mask of x's shape: 1 where the quantized value is used, 0 where the float; None: quantize everything."""
         if self.probability == 0.0 or not self.active:
             return None
+        if x.device.type == "cuda":
+            if self.generator is None or self.generator.device != x.device:
+                self.generator = torch.Generator(x.device).manual_seed(self._seed)
+            return torch.empty_like(x).bernoulli_(1.0 - self.probability, generator=self.generator)
         n = x.numel()
         if (n, x.device) not in self._pools:
             generator = torch.Generator(x.device).manual_seed(self._pool_seed)

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -107,27 +110,36 @@ def fake_quantize(
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Few passes over x in each direction; saves only x and y, which the neighbouring ops keep alive anyway.
+    """Few passes over x in each direction, one on a GPU; saves x and y, which neighbouring ops keep alive anyway.
 
     Written without boolean masks: on the CPU a `where` costs as much as twenty arithmetic passes.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, log_scale: Tensor, low: float, high: float, keep: Tensor | None) -> Tensor:
-        scale = log_scale.exp()
-        # Integers relative to the zero point save the two passes that would add and subtract it.
-        y = (x / scale).round_().clamp_(low, high).mul_(scale)
-        if keep is not None:
-            y = torch.lerp(x, y, keep)  # exact for 0 and 1
-        ctx.save_for_backward(x, y, scale, keep)
-        ctx.low, ctx.high = low, high
+        scale, kernels = log_scale.exp(), kernels_for(x)
+        if kernels is not None:
+            x = x if is_dense(x) else x.contiguous()
+            keep = None if keep is None else laid_out_as(keep, x)
+            y: Tensor = kernels.fake_quantize(x, scale, low, high, keep)
+        else:
+            # Integers relative to the zero point save the two passes that would add and subtract it.
+            y = (x / scale).round_().clamp_(low, high).mul_(scale)
+            if keep is not None:
+                y = torch.lerp(x, y, keep)  # exact for 0 and 1
+        ctx.save_for_backward(x, None if kernels else y, scale, keep)
+        ctx.low, ctx.high, ctx.kernels = low, high, kernels
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, y, scale, keep = ctx.saved_tensors
-        if grad.stride() != x.stride():  # from a slice or padding: one copy, or each pass would be many times as long
-            grad = torch.empty_like(x).copy_(grad)
+        # From a slice or padding: one copy, or each pass would be many times as long.
+        grad = laid_out_as(grad, x)
+        factor = (max(x.numel(), 1) * max(-ctx.low, ctx.high)) ** -0.5
+        if ctx.kernels is not None:
+            grad_x, total = ctx.kernels.fake_quantize_backward(grad, x, scale, ctx.low, ctx.high, keep)
+            return grad_x, total * factor if ctx.needs_input_grad[1] else None, None, None, None
         position = x / scale
         if keep is not None:
             position.mul_(keep)  # 0 lies inside every grid: what was not quantized passes its gradient on
@@ -135,9 +147,23 @@ class _FakeQuantize(torch.autograd.Function):
         grad_x = torch.ops.aten.hardtanh_backward(grad, position, ctx.low - 0.5, ctx.high + 0.5)
         grad_log_scale = None
         if ctx.needs_input_grad[1]:
-            factor = (max(x.numel(), 1) * max(-ctx.low, ctx.high)) ** -0.5
             grad_log_scale = (dot(grad, y) - dot(grad_x, x)) * factor
         return grad_x, grad_log_scale, None, None, None
+
+
+def laid_out_as(y: Tensor, x: Tensor) -> Tensor:
+    """`y`, copied if its memory is not laid out as that of `x`, which has its shape."""
+    return y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
+
+
+def kernels_for(x: Tensor) -> Any:
+    """The module `kernels` if `x` lies on a GPU and Triton is there, else None."""
+    return _kernels() if x.is_cuda else None
+
+
+@cache
+def _kernels() -> Any:
+    return import_module("lightning_ptq.kernels") if find_spec("triton") else None
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -227,11 +253,12 @@ class _StraightThrough(torch.autograd.Function):
         return None, grad
 
 
-def undecided(roundings: Sequence[Tensor], beta: float) -> Tensor:
+def undecided(roundings: Sequence[Tensor], beta: float | Tensor) -> Tensor:
     """sum(1 - |2 h - 1| ** beta) over all elements: zero where every h is 0 or 1 (Nagel et al. 2020, eq. 24).
 
     Args:
         roundings: tensors of any shapes, one at least. Scalar out.
+        beta: a number, or a tensor () that holds it.
     """
     result: Tensor = _Undecided.apply(beta, *roundings)
     return result
@@ -241,7 +268,7 @@ class _Undecided(torch.autograd.Function):
     """One power for value and gradient together: it is the dearest operation on a weight."""
 
     @staticmethod
-    def forward(ctx: Any, beta: float, *roundings: Tensor) -> Tensor:
+    def forward(ctx: Any, beta: float | Tensor, *roundings: Tensor) -> Tensor:
         saved, sums = [], []
         for h in roundings:
             u = (h * 2.0).sub_(1.0)

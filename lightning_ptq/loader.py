@@ -37,7 +37,8 @@ class UnitLoader:
         unit = trainer.current_epoch
         first = trainer.fit_loop.batch_idx + 1
         module.enter_unit(unit, first)
-        cache, settling, batch = module.session.opened, module.session.settling, None
+        cache, settling = module.session.opened, module.session.settling
+        batch: Minibatch | None = None
         for step in range(first, len(self)):
             progress = settling.progress(step, int(trainer.num_training_batches))
             if batch is not None and progress >= 1.0:  # nothing will be done with it
@@ -45,5 +46,7 @@ class UnitLoader:
                 continue
             rows = sample_index(cache.drawn, module.batch_size, step, module.seed, unit, module.global_rank)
             # Where the input is no longer mixed with the teacher's, a corrected target would be that of another input.
-            batch = cache.minibatch(rows, progress < module.method.drop_until)
+            # A GPU's minibatches share their memory, so that a recorded step finds each of them.
+            into = batch if module.device.type == "cuda" else None
+            batch = cache.minibatch(rows, progress < module.method.drop_until, into)
             yield batch

@@ -48,6 +48,7 @@ from lightning_ptq.network import NETWORK
 from lightning_ptq.optimizer import optimizer_of
 from lightning_ptq.overhead import without_profiler
 from lightning_ptq.quantizers import forget_ranges
+from lightning_ptq.replay import Numbers, Replay
 from lightning_ptq.resuming import FROZEN, Resuming
 from lightning_ptq.selection import select
 from lightning_ptq.session import Images, Session, World
@@ -98,6 +99,9 @@ class PTQModule(Resuming):
         allow_drift: go on with a checkpoint of other weights, settings, images or of another major version; a warning
             names what differs.
         report: draw `report.html` when a fit ends. Without, `lightning-ptq report RUN` draws it at any time.
+        cuda_graphs: on one GPU, record steps once and play them back (see `replay.py`): faster, and the same numbers.
+            Not with accumulated or clipped gradients, float16, `augment` in the last epoch, or terms that do not allow
+            it.
         seed: seed of every random draw; None takes that of `lightning.seed_everything`, or else 0.
 
     Raises:
@@ -144,6 +148,7 @@ class PTQModule(Resuming):
         settle: float = 0.0,
         allow_drift: bool = False,
         report: bool = True,
+        cuda_graphs: bool = True,
         seed: int | None = None,
     ) -> None:
         check_settings(
@@ -194,7 +199,7 @@ class PTQModule(Resuming):
         self.contrastive = contrastive = contrastive and coordinates.learns
         self.model_name, self.rounding_weight = type(model).__name__, rounding_weight
         self.held_out, self.leaf_modules, self._built = held_out, tuple(leaf_modules), built
-        self.allow_drift, self.draws_report = allow_drift, report
+        self.allow_drift, self.draws_report, self.cuda_graphs = allow_drift, report, cuda_graphs
         # What learns nothing needs no steps; one keeps Lightning's loop, and so validation and checkpoints, alive.
         self.steps_per_unit = steps_per_unit if self.method.learns else 1
         check_option(cache, get_args(CachePolicy), "cache")
@@ -229,6 +234,7 @@ class PTQModule(Resuming):
         if surroundings is not None:  # what the part reads depends on them
             self.model_digest += model_digest(surroundings)
         self._drop = DropMask(self.method.drop)
+        self._replay, self._numbers = Replay(), Numbers()
         # Equal on all ranks by construction, and DDP wraps anew for every unit.
         self._ddp_params_and_buffers_to_ignore = [name for name in self.state_dict() if name.startswith(FROZEN)]
         self._select(None)
@@ -413,6 +419,7 @@ class PTQModule(Resuming):
         if first_step == 0:
             # Moments belong to one unit's steps; the network's epoch starts its own for the same scales.
             self.trainer.optimizers[0].state.clear()
+        self.begin_recording(unit)
         strategy = self.trainer.strategy
         if isinstance(strategy, DDPStrategy):
             # DDP registers what requires grad when it wraps; without a new wrap the ranks diverge silently.
@@ -459,6 +466,7 @@ class PTQModule(Resuming):
     def leave_units(self) -> None:
         """Train no unit any more and drop the caches."""
         self.session.close()
+        self._replay.forget()
         self.objective.forget()
         self.network_objective.forget()
         self._select(None)

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ptq.cache import Minibatch, UnitCache, judged_rows
+from lightning_ptq.cache import Minibatch, UnitCache, gathered, judged_rows
 from lightning_ptq.calibration import Comparison, UnitReport, no_worse, report, restore_initial
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.losses.prediction import prediction_errors
 from lightning_ptq.losses.reconstruction import squared_errors
 from lightning_ptq.quantizers import act_quantizers, initial_ranges, weight_quantizers
-from lightning_ptq.store import Store, chunks, run_chunked, take
+from lightning_ptq.store import Store, chunks, run_chunked
 
 # What this epoch is called where the others bear their unit's name.
 NETWORK = "whole-network"
@@ -76,12 +76,11 @@ class NetworkCache:
         """Rows that judge: those held out, or else some that are drawn."""
         return judged_rows(self.drawn, len(self.images))
 
-    def minibatch(self, index: Tensor, corrected: bool = False) -> Minibatch:
-        """Rows `index` (B,) of the caches; the unit's output is the input of the head."""
-        index = index.to(self.images.device)
+    def minibatch(self, index: Tensor, corrected: bool = False, into: Minibatch | None = None) -> Minibatch:
+        """Rows `index` (B,) of the caches; the unit's output is the input of the head. `into` as in `UnitCache`."""
         tensors = (self.images, self.teacher_out, self.features)
-        images, teacher_out, features = (take(x, index, self.device) for x in tensors)
-        return Minibatch(images, images, teacher_out, features, index.to(self.device, non_blocking=True))
+        images, *rest = gathered(tensors, index, self.device, into and [into.student_in, *into[2:]])
+        return Minibatch(images, images, *rest)
 
     def student_out(self) -> Tensor:
         """The student's final output for all images, as quantized now; finite or not."""

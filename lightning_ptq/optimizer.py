@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,12 +15,24 @@ class Adam(torch.optim.Adam):
     """torch's Adam, except that a step does not look for a CUDA graph that is being captured.
 
     Where torch was built for CUDA and there is no GPU, that look loads the driver's library anew at every step: 0.3 ms,
-    as long as the fused update itself takes. Nothing here captures graphs. The name is torch's own from 2.11 to 2.14;
-    where it is another, the look stays.
+    as long as the fused update itself takes. Where a graph is captured (`replay.py`), the fused update is fit for it:
+    its rates are tensors then. The name is torch's own from 2.11 to 2.14; where it is another, the look stays.
+
+    Attributes:
+        stepped: the step in progress was taken already, by a recording that was played back; `step` takes none then.
     """
+
+    stepped = False
 
     def _accelerator_graph_capture_health_check(self) -> None:
         pass
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Compute the loss by `closure`, if there is one, and take the step unless that took it."""
+        loss = None if closure is None else closure()
+        if not self.stepped:
+            super().step()
+        return loss
 
 
 def optimizer_of(student: Chain) -> Adam:

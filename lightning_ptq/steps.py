@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
 from lightning_ptq.augment import Augmentation
@@ -18,9 +19,12 @@ from lightning_ptq.graph import Chain
 from lightning_ptq.graph.taps import recorded
 from lightning_ptq.losses import Tail, UnitBatch
 from lightning_ptq.losses.base import Objective
+from lightning_ptq.losses.rounding import annealed_beta
 from lightning_ptq.methods import Method, cosine
+from lightning_ptq.optimizer import Adam
 from lightning_ptq.overhead import QuickName
 from lightning_ptq.record import note
+from lightning_ptq.replay import Numbers, Replay
 from lightning_ptq.seeds import mixed_seed
 from lightning_ptq.selection import Selection
 from lightning_ptq.session import Session
@@ -42,6 +46,7 @@ class Steps(QuickName, Evaluation):
     network_objective: Objective
     session: Session
     augment: Augmentation
+    cuda_graphs: bool
     epoch_names: tuple[str, ...]
     anchor: nn.Parameter
     rounding_lr: float
@@ -51,33 +56,100 @@ class Steps(QuickName, Evaluation):
     seed: int
     _selection: Selection
     _drop: DropMask
+    _replay: Replay
+    _numbers: Numbers
+    _generator: torch.Generator | None = None  # of what terms draw at random
+    _records = False  # whether steps of the epoch in progress are recorded as CUDA graphs
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         """Clear the gradients of what is trained: nothing else has any, and walking all of it takes time."""
-        for parameter in (*self._selection.trained, self.anchor):
-            parameter.grad = None
+        if not self._optimizer.stepped:
+            for parameter in (*self._selection.trained, self.anchor):
+                parameter.grad = None
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Backward pass, unless the step was played back, this pass with it."""
+        if not self._optimizer.stepped:
+            super().backward(loss, *args, **kwargs)
 
     def training_step(self, batch: Minibatch, batch_idx: int) -> Tensor:
         """One step of the current unit, or of the whole network: the sum of the objective's terms."""
-        unit, name = self.trainer.current_epoch, self.epoch_names[self.trainer.current_epoch]
+        unit, optimizer = self.trainer.current_epoch, self._optimizer
+        optimizer.stepped = False
         progress = self.session.progress(batch_idx, int(self.trainer.num_training_batches))
         if progress >= 1.0:
             return self._nothing()
-        if unit == len(self.student):
-            # At bfloat16 the whole network, where a rounding leads to others, learns for another one than is measured.
-            with in_float32(self.device):
-                terms = self._network_terms(batch, batch_idx, progress)
-        else:
-            terms = self._unit_terms(unit, batch, batch_idx, progress)
-        self._tell(name, batch_idx + 1, terms)
-        return sum(terms.values(), 0.0 * self.anchor)
+        network = unit == len(self.student)
+        objective = self.network_objective if network else self.objective
+        beta = self._prepare(unit, batch_idx, progress)
 
-    def _unit_terms(self, unit: int, batch: Minibatch, step: int, progress: float) -> dict[str, Tensor]:
+        def compute() -> tuple[dict[str, Tensor], Tensor]:
+            if network:
+                # At bfloat16 the whole network, where a rounding leads to others, learns for another one than is
+                # measured.
+                with in_float32(self.device):
+                    terms = self._network_terms(batch, batch_idx, progress)
+            else:
+                terms = self._unit_terms(unit, batch, batch_idx, progress, beta)
+            return terms, sum(terms.values(), 0.0 * self.anchor)
+
+        if self._records and objective.is_steady(batch_idx):
+            form = unit, self._drop.active, beta is None, objective.present(batch_idx)
+            trained, generators = (*self._selection.trained, self.anchor), (self._drop.generator, self._generator)
+            terms, loss = self._replay.take(form, compute, optimizer, trained, generators)
+        else:
+            terms, loss = compute()
+        self._tell(self.epoch_names[unit], batch_idx + 1, terms)
+        return loss
+
+    def _prepare(self, unit: int, step: int, progress: float) -> float | Tensor | None:
+        """Set all that changes from step to step but the minibatch; the exponent of AdaRound's regulariser."""
+        seed = mixed_seed(self.seed, unit, step, self.global_rank)
+        if self._generator is None or self._generator.device != self.device:
+            self._generator = torch.Generator(self.device)
+        self._generator.manual_seed(seed)
+        if unit == len(self.student):
+            fall = cosine(progress)
+            rate = fall * self.network_lr
+            self._set_rates(rounding=fall * self.network_rounding_lr, scales=rate, corrections=rate)
+            return None
         rounding, scales = self.method.rate_factors(progress)
         scale_lr = scales * self.scale_lr
         self._set_rates(rounding=rounding * self.rounding_lr, scales=scale_lr, corrections=scale_lr)
-        self._drop.seed(mixed_seed(self.seed, self.global_rank), mixed_seed(self.seed, unit, step, self.global_rank))
+        self._drop.seed(mixed_seed(self.seed, self.global_rank), seed)
         self._drop.active = progress < self.method.drop_until
+        beta = annealed_beta(self.method.rounding_progress(progress))
+        return None if beta is None else self._numbers.put("beta", beta, self.device)
+
+    def begin_recording(self, unit: int) -> None:
+        """Forget the recordings of another unit; decide whether steps of `unit` are recorded.
+
+        What acts on gradients between backward pass and step, or is drawn by Python, is in no recording.
+        """
+        self._replay.forget()
+        trainer, network = self.trainer, unit == len(self.student)
+        objective = self.network_objective if network else self.objective
+        self._records = (
+            self.cuda_graphs
+            and self.device.type == "cuda"
+            and isinstance(trainer.strategy, SingleDeviceStrategy)
+            and trainer.accumulate_grad_batches == 1
+            and not trainer.gradient_clip_val
+            and trainer.precision != "16-mixed"
+            and not torch.is_anomaly_enabled()
+            and objective.is_recordable
+            and not (network and self.augment)
+        )
+
+    @property
+    def _optimizer(self) -> Adam:
+        optimizer = self.trainer.optimizers[0]
+        assert isinstance(optimizer, Adam)
+        return optimizer
+
+    def _unit_terms(
+        self, unit: int, batch: Minibatch, step: int, progress: float, beta: float | Tensor | None
+    ) -> dict[str, Tensor]:
         with recorded(self.student.units[unit]) as inner:
             student_out = self.student.units[unit](self._unit_input(batch))
         terms: dict[str, Tensor] = self.objective(
@@ -93,10 +165,11 @@ class Steps(QuickName, Evaluation):
                 unit=unit,
                 step=step,
                 progress=self.method.rounding_progress(progress),
+                beta=beta,
                 channel_dim=self.student.channel_dim(unit, student_out.shape),
                 importance=self.session.importance_of(unit),
                 inner=list(zip(inner, self._teacher_inner(unit, batch), strict=True)) if inner else (),
-                seed=mixed_seed(self.seed, unit, step, self.global_rank),
+                generator=self._generator,
                 clean=(lambda: self._clean_out(unit, batch)) if self.method.drop and self._drop.active else None,
             )
         )
@@ -121,9 +194,6 @@ class Steps(QuickName, Evaluation):
         return out
 
     def _network_terms(self, batch: Minibatch, step: int, progress: float) -> dict[str, Tensor]:
-        fall = cosine(progress)
-        rate = fall * self.network_lr
-        self._set_rates(rounding=fall * self.network_rounding_lr, scales=rate, corrections=rate)
         head = len(self.student) - 1
         if self.augment:
             batch = self._augmented(batch, step)
@@ -142,7 +212,7 @@ class Steps(QuickName, Evaluation):
                 step=step,
                 progress=progress,
                 changed=bool(self.augment),
-                seed=mixed_seed(self.seed, head + 1, step, self.global_rank),
+                generator=self._generator,
             )
         )
         return terms
@@ -179,8 +249,8 @@ class Steps(QuickName, Evaluation):
 
     def _set_rates(self, **rates: float) -> None:
         """Learning rates of the named groups, 0 for others; anew at each step, so resuming needs no scheduler."""
-        for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = rates.get(group["name"], 0.0)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._numbers.put(group["name"], rates.get(group["name"], 0.0), self.device)
 
     def _tell(self, name: str, step: int, terms: dict[str, Tensor]) -> None:
         """Terms to bar and loggers every `log_every_n_steps`; to the report as often, or `_POINTS` times a unit."""
@@ -192,7 +262,8 @@ class Steps(QuickName, Evaluation):
         if noted:
             note(self.session.curves, name, step, values)
         if logged:
-            self.log_dict(terms, prog_bar=True, logger=False)
+            # Copies: a recorded step writes the next terms to the same place.
+            self.log_dict({term: value.detach().clone() for term, value in terms.items()}, prog_bar=True, logger=False)
             self._log(name, values)
 
     def _log(self, name: str, numbers: dict[str, float]) -> None:

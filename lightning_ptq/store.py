@@ -158,17 +158,30 @@ def is_channels_last(x: Tensor) -> bool:
     return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def take(x: Tensor, index: Tensor, device: torch.device) -> Tensor:
-    """Rows `index` (B,) of `x` (N, ...) on `device`, laid out as `x` is."""
-    last = is_channels_last(x)
+def take(x: Tensor, index: Tensor, device: torch.device, into: Tensor | None = None) -> Tensor:
+    """Rows `index` (B,) of `x` (N, ...) on `device`, laid out as `x` is.
+
+    Args:
+        index: where `x` is.
+        into: what an earlier call for the same number of rows gave, which is written to then.
+    """
+    last, here = is_channels_last(x), x.device.type == device.type
     x = x.permute(0, 2, 3, 1) if last else x  # index_select alone would copy each row element by element
-    if x.device.type == device.type:
-        rows = x.index_select(0, index)
+    into = into.permute(0, 2, 3, 1) if into is not None and last else into
+    if here and (into is None or into.dtype == x.dtype):
+        rows = torch.index_select(x, 0, index, out=into)
     else:  # a pinned buffer, which the allocator does not give away again before the copy has been made
-        rows = torch.empty((len(index), *x.shape[1:]), dtype=x.dtype, pin_memory=device.type == "cuda")
-        rows = torch.index_select(x, 0, index, out=rows).to(device, non_blocking=True)
+        pinned = device.type == "cuda" and not here
+        rows = torch.empty((len(index), *x.shape[1:]), dtype=x.dtype, device=x.device, pin_memory=pinned)
+        torch.index_select(x, 0, index, out=rows)
+        rows = rows.to(device, non_blocking=True) if into is None else into.copy_(rows, non_blocking=True)
     release()
     return widened(rows.permute(0, 3, 1, 2) if last else rows)
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """`x`, which lies in host memory, on `device`; neither waits for the other."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def readable(size: int) -> str:

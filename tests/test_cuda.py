@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from torch import nn
 
+from lightning_ptq import PTQModule, QuantConfig
 from lightning_ptq.drop import DropMask
+from lightning_ptq.functional import fake_quantize
+from lightning_ptq.losses import reconstruction_loss
 from lightning_ptq.quantizers import ActQuantizer
 from lightning_ptq.store import Store, take
 from tests.helpers import (
@@ -122,3 +129,97 @@ def test_a_step_does_not_synchronise() -> None:
         net(q(x)).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_one_pass_equals_the_operations_on_the_cpu(dropped: bool, layout: torch.memory_format) -> None:
+    x = (3.0 * torch.randn(3, 5, 40, 50)).to(memory_format=layout)
+    keep = (torch.rand_like(x) < 0.5).float() if dropped else None
+    results = []
+    for device in ("cpu", "cuda"):
+        z = x.to(device).requires_grad_()
+        log_scale = torch.tensor(-0.1, device=device, requires_grad=True)
+        y = fake_quantize(z, log_scale, -2.0, 5.0, None if keep is None else keep.to(device))
+        (y * y.detach().cos()).sum().backward()
+        results.append([t.detach().cpu() for t in (y, z.grad, log_scale.grad)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_weighted_error_equals_that_of_the_cpu(layout: torch.memory_format) -> None:
+    student, teacher = (torch.randn(3, 5, 40, 50).to(memory_format=layout) for _ in range(2))
+    weights, results = torch.rand(5), []
+    for device in ("cpu", "cuda"):
+        z = student.to(device).requires_grad_()
+        loss = reconstruction_loss(z, teacher.to(device), weights.to(device))
+        loss.backward()
+        results.append([t.detach().cpu() for t in (loss, z.grad)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+class Recordings(L.Callback):
+    """Counts recordings; outside logging steps, whatever waits for the GPU raises."""
+
+    def __init__(self) -> None:
+        self.most = 0
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, step: int) -> None:
+        told = (step + 1) % 5 == 0 or step + 1 == trainer.num_training_batches
+        recording = step in (3, 4)  # begins by waiting
+        torch.cuda.set_sync_debug_mode("default" if told or recording or step < 12 else "error")
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: PTQModule, *args: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        self.most = max(self.most, len(module._replay._recordings))
+
+
+@pytest.mark.parametrize("changes", [{}, {"contrastive": True}, {"method": "pdquant"}, {"method": "flexround"}])
+def test_recorded_steps_are_the_same_steps(tmp_path: Path, changes: dict[str, Any]) -> None:
+    states, counts = [], []
+    for recorded in (True, False):
+        module, counter = tiny_module(steps_per_unit=60, cuda_graphs=recorded, **changes), Recordings()
+        folder = tmp_path / str(recorded)
+        settings = {"log_every_n_steps": 5, "callbacks": [counter]}
+        trainer(folder, accelerator="cuda", deterministic=True, **settings).fit(module, datamodule=tiny_data())
+        states.append(quantization_state(module))
+        counts.append(counter.most)
+    assert counts[0] >= 2
+    assert counts[1] == 0
+    assert_equal_states(states[0], states[1])
+
+
+def test_resume_in_the_middle_of_recorded_steps(tmp_path: Path) -> None:
+    def fit(name: str, max_steps: int = -1, ckpt_path: Path | None = None) -> PTQModule:
+        module = tiny_module(steps_per_unit=60, contrastive=True)
+        running = trainer(tmp_path / name, accelerator="cuda", deterministic=True, max_steps=max_steps)
+        running.fit(module, datamodule=tiny_data(), ckpt_path=ckpt_path)
+        return module
+
+    whole = fit("whole")
+    fit("stopped", max_steps=95)
+    resumed = fit("resumed", ckpt_path=tmp_path / "stopped" / "checkpoints" / "last.ckpt")
+    assert_equal_states(quantization_state(resumed), quantization_state(whole))
+
+
+class Peeking(nn.Module):
+    """Waits for the GPU in the middle of its forward pass."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2.0 if float(x.sum()) > 1e9 else x
+
+
+def test_what_cannot_be_recorded_is_calibrated_all_the_same(tmp_path: Path) -> None:
+    net = tiny_net()
+    net.blocks = nn.Sequential(net.blocks[0], Peeking(), net.blocks[1])
+    settings: dict[str, Any] = {"steps_per_unit": 30, "batch_size": 8, "seed": 0, "leaf_modules": ["blocks.1"]}
+    states = []
+    for recorded in (True, False):
+        module = PTQModule(net, QuantConfig(2, 2), cuda_graphs=recorded, **settings)
+        running = trainer(tmp_path / str(recorded), accelerator="cuda", deterministic=True)
+        with pytest.warns(UserWarning, match="can't be recorded") if recorded else nullcontext():
+            running.fit(module, datamodule=tiny_data())
+        states.append(quantization_state(module))
+    assert_equal_states(states[0], states[1])

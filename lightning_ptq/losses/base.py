@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -60,13 +60,14 @@ class UnitBatch:
         teacher_side: the teacher's tensors of all images, the same object in every step of a unit.
         rows: of this minibatch among all images (B,).
         changed: whether the images were changed at random, so that the teacher's tensors of all images hold others.
-        seed: of what is drawn at random in this step, on this process.
+        generator: of what is drawn at random in this step, on the outputs' device; None: torch's own.
         clean: gives the unit's output as it will be, without drop and mixed input: one more forward pass.
         tail: the frozen rest of the teacher, from a unit's output to the final output.
         student_unit: the unit under calibration.
         roundings: of every weight tensor whose rounding is learned, how far each weight is rounded up, in [0, 1].
         unit: its index in the objective. step: the optimisation step within it.
         progress: share of the unit's rounding schedule that is done, in [0, 1].
+        beta: exponent of AdaRound's regulariser then, or a tensor () that holds it; None while that is off.
     """
 
     student_out: Tensor
@@ -84,7 +85,8 @@ class UnitBatch:
     importance: Tensor | None = None
     inner: Sequence[tuple[Tensor, Tensor]] = ()
     changed: bool = False
-    seed: int = 0
+    generator: torch.Generator | None = None
+    beta: float | Tensor | None = None
     clean: Callable[[], Tensor] | None = None
 
     @cached_property
@@ -104,10 +106,15 @@ class Term(nn.Module):
     `rho` is None for a term that is added as it is. Otherwise the term is balanced: its gradient at the unit's output
     is scaled to `rho` times the norm of the first term's. A dear term can be computed at each `every`-th step only;
     it then counts `every` times as much.
+
+    A term is `recordable` if what it computes depends on the batch's tensors alone, `beta` and `generator` among them,
+    and never waits for the GPU: its steps may then be recorded and played back (`replay.py`). It may still branch on
+    what stays for a whole unit, and on whether `beta` is None.
     """
 
     rho: float | None = None
     every: int = 1
+    recordable: bool = False
 
     def forward(self, batch: UnitBatch) -> Tensor:
         raise NotImplementedError
@@ -152,6 +159,23 @@ class Objective(nn.Module):
                     value = value * self._weight(i, term, value, reference, batch)
                 result[name] = value * term.every if term.every > 1 else value
         return result
+
+    @property
+    def is_recordable(self) -> bool:
+        """Whether all terms are."""
+        return all(term.recordable for term in self._terms)
+
+    def is_steady(self, step: int) -> bool:
+        """Whether no weight of a term is measured at this step any more."""
+        return all(term.rho is None or step // term.every >= BALANCE_STEPS for term in self._terms)
+
+    def present(self, step: int) -> tuple[bool, ...]:
+        """Which terms are computed at this step."""
+        return tuple(step % term.every == 0 for term in self._terms)
+
+    @property
+    def _terms(self) -> Iterable[Term]:
+        return self.terms.values()  # type: ignore[return-value]
 
     def forget(self) -> None:
         """Drop what terms keep for a unit."""

@@ -140,6 +140,8 @@ def _place(rows: Tensor) -> Tensor:
 class Contrastive(Term):
     """The contrastive term."""
 
+    recordable = True
+
     def __init__(self, config: ContrastiveConfig) -> None:
         super().__init__()
         self.config = config
@@ -184,9 +186,8 @@ class Contrastive(Term):
         first = slice(self.config.images)
         outputs = (channels_first(x[first], batch.channel_dim) for x in (batch.student_out, batch.teacher_out))
         student, teacher = (at_positions(x) for x in outputs)
-        generator = torch.Generator().manual_seed(batch.seed)
-        drawn = torch.randperm(len(student), generator=generator)[: self.config.positions]
-        drawn = drawn.to(student.device, non_blocking=True)
+        drawn = torch.randperm(len(student), generator=batch.generator, device=student.device)
+        drawn = drawn[: self.config.positions]
         image = drawn // (len(student) // len(batch.student_out[first]))
         features = rows_of_all(teacher[drawn].float())
         side = self._side(features, rows_of_all(pooled(batch.teacher_features.float())[image]))

@@ -37,6 +37,8 @@ def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 class Prediction(Term):
     """`prediction_loss` of the final output."""
 
+    recordable = True
+
     def forward(self, batch: UnitBatch) -> Tensor:
         return prediction_loss(batch.tail(batch.student_out), batch.teacher_features)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from lightning_ptq.functional import binade, dot
+from lightning_ptq.functional import binade, dot, is_dense, kernels_for
 from lightning_ptq.losses.base import Term, UnitBatch, channels_first
 
 
@@ -21,8 +21,9 @@ def reconstruction_loss(student: Tensor, teacher: Tensor, importance: Tensor | N
     """
     if importance is None:
         return mse_loss(student.float(), teacher.float()) * student.shape[1]
-    weights = importance.view(-1, *[1] * (student.dim() - 2))
-    result: Tensor = _WeightedError.apply(student.float(), teacher.float(), weights)
+    student, teacher = student.float(), teacher.float()
+    kernels = kernels_for(student) if is_dense(student) and student.stride() == teacher.stride() else None
+    result: Tensor = _WeightedError.apply(student, teacher, importance, kernels)
     return result
 
 
@@ -36,24 +37,33 @@ def squared_errors(student: Tensor, teacher: Tensor, importance: Tensor | None =
 
 class _WeightedError(torch.autograd.Function):
     """sum(weights * (student - teacher)^2) over batch and positions' number: four passes in all, where autograd
-    would take nine."""
+    would take nine. `kernels` are those of `kernels_for`."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, weights: Tensor, kernels: Any) -> Tensor:
+        ctx.count, ctx.kernels = student.numel() // student.shape[1], kernels
+        if kernels is not None:
+            ctx.save_for_backward(student, teacher, weights)
+            total: Tensor = kernels.weighted_error(student, teacher, weights)
+            return total.div_(ctx.count)
         error = student - teacher
-        weighted = error * weights
+        weighted = error * weights.view(-1, *[1] * (student.dim() - 2))
         ctx.save_for_backward(weighted)
-        ctx.count = student.numel() // student.shape[1]
         return dot(error, weighted).div_(ctx.count)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        factor = grad * (2.0 / ctx.count)
+        if ctx.kernels is not None:
+            return ctx.kernels.weighted_error_backward(*ctx.saved_tensors, factor), None, None, None
         (weighted,) = ctx.saved_tensors
-        return weighted * (grad * (2.0 / ctx.count)), None, None
+        return weighted * factor, None, None, None
 
 
 class Reconstruction(Term):
     """`reconstruction_loss` of the unit's output and, where calibration is layer-wise, of every inner layer's."""
+
+    recordable = True
 
     def forward(self, batch: UnitBatch) -> Tensor:
         student, teacher = (channels_first(x, batch.channel_dim) for x in (batch.student_out, batch.teacher_out))
@@ -68,6 +78,8 @@ class RelativeReconstruction(Term):
 
     What it is worth next to a term of another kind then does not depend on the network.
     """
+
+    recordable = True
 
     def __init__(self, weight: float) -> None:
         super().__init__()

@@ -37,6 +37,8 @@ class RoundingRegularizer(Term):
             worth next to the reconstruction then depends neither on the size of activations nor on that of the unit.
     """
 
+    recordable = True
+
     def __init__(self, weight: float | None = None) -> None:
         super().__init__()
         self.weight = weight
@@ -44,11 +46,10 @@ class RoundingRegularizer(Term):
         self._found_for: weakref.ref[Tensor] | None = None
 
     def forward(self, batch: UnitBatch) -> Tensor:
-        beta = annealed_beta(batch.progress)
-        if beta is None or not batch.roundings:
+        if batch.beta is None or not batch.roundings:
             return torch.zeros((), device=batch.student_out.device)
         weight = self._weight_for(batch) if self.weight is None else self.weight
-        return weight * undecided(batch.roundings, beta)
+        return weight * undecided(batch.roundings, batch.beta)
 
     def forget(self) -> None:
         """Drop the weight that was found for a unit."""

@@ -27,10 +27,10 @@ def test_beta_is_off_during_warmup_and_falls_linearly() -> None:
 
 def test_the_regulariser_adds_what_is_undecided_of_every_layer() -> None:
     h = [torch.tensor([0.0, 1.0, 0.5]), torch.tensor([[0.25]])]
-    batch = unit_batch(torch.zeros(2, 3), torch.zeros(2, 3), roundings=h, progress=0.6)
+    batch = unit_batch(torch.zeros(2, 3), torch.zeros(2, 3), roundings=h, beta=11.0)
     slow = sum(1 - abs(2 * float(v) - 1) ** 11.0 for part in h for v in part.flatten())
     assert float(RoundingRegularizer(0.03)(batch)) == pytest.approx(0.03 * slow)
-    batch.progress = 0.1
+    batch.beta = None
     assert float(RoundingRegularizer(0.03)(batch)) == 0.0
 
 
@@ -43,13 +43,13 @@ def test_the_regulariser_finds_its_weight_from_the_units_signal_and_size() -> No
         mean = sum(values) / 30
         signal += float(importance[c]) * sum((v - mean) ** 2 for v in values) / 30
     undecided = sum(1 - abs(2 * float(v) - 1) ** 11.0 for part in h for v in part.flatten())
-    batch = unit_batch(torch.zeros(6, 3, 5), teacher, roundings=h, progress=0.6, importance=importance)
+    batch = unit_batch(torch.zeros(6, 3, 5), teacher, roundings=h, beta=11.0, importance=importance)
     term = RoundingRegularizer()
     assert float(term(batch)) == pytest.approx(SHARE * signal / 4 * undecided, rel=1e-5)
     # Found once for a unit: what it was found from may change, unless it is another unit's.
     batch.importance = None
     assert float(term(batch)) == pytest.approx(SHARE * signal / 4 * undecided, rel=1e-5)
-    larger = unit_batch(torch.zeros(6, 3, 5), 3 * teacher, roundings=h, progress=0.6, importance=importance)
+    larger = unit_batch(torch.zeros(6, 3, 5), 3 * teacher, roundings=h, beta=11.0, importance=importance)
     assert float(term(larger)) == pytest.approx(9 * SHARE * signal / 4 * undecided, rel=1e-5)
 
 
