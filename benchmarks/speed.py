@@ -35,6 +35,7 @@ from benchmarks.eight_bits import crops, settle
 VARIANTS: dict[str, dict[str, Any]] = {
     "qdrop": {},
     "bf16": {},
+    "unrecorded": {"cuda_graphs": False},
     "contrastive": {"contrastive": True},
     "paper": {"corrections": False, "network_steps": 0, "drop_until": 1.0},
 }
@@ -61,10 +62,11 @@ def prepare(job: str, root: Path) -> tuple[nn.Module, Tensor]:
     return model, images
 
 
-def run(job: str, variant: str, root: Path, accelerator: str) -> dict[str, Any]:
-    """One calibration in this process."""
+def run(job: str, variant: str, steps: int | None, root: Path, accelerator: str) -> dict[str, Any]:
+    """One calibration in this process; `steps` in place of the job's."""
     model, images = prepare(job, root)
-    *_, (weight_bits, act_bits), steps = JOBS[job]
+    *_, (weight_bits, act_bits), usual = JOBS[job]
+    steps = usual if steps is None else steps
     yardstick = Yardstick(model, images, accelerator, len(images))
     module = ptq.PTQModule(
         model, ptq.QuantConfig(weight_bits, act_bits), steps_per_unit=steps, seed=0, report=False, **VARIANTS[variant]
@@ -91,6 +93,7 @@ def run(job: str, variant: str, root: Path, accelerator: str) -> dict[str, Any]:
     return {
         "job": job,
         "variant": variant,
+        "steps": steps,
         "device": torch.cuda.get_device_name() if accelerator == "gpu" else f"cpu, {torch.get_num_threads()} threads",
         "f_seconds": round(yardstick.f, 4),
         "seconds": round(work, 2),
@@ -120,14 +123,16 @@ def main() -> None:
     parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=["cifar"])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["qdrop", "contrastive"])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="of each unit, in place of the job's")
     parser.add_argument("--accelerator", default="cpu", choices=["cpu", "gpu"])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/speed.json"))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(run(*args.one.split("/"), args.root, args.accelerator)))
+        print(json.dumps(run(*args.one.split("/"), args.steps, args.root, args.accelerator)))
         return
     options = ["--root", str(args.root), "--accelerator", args.accelerator]
+    options += [] if args.steps is None else ["--steps", str(args.steps)]
     print(f"{'job':<14} {'variant':<12} {'F s':>8} {'seconds':>9} {'F':>7} {'ratio':>6} {'MiB':>6} {'GPU MiB':>8}")
     for job in args.jobs:
         rows: dict[str, list[dict[str, Any]]] = {variant: [] for variant in args.variants}

@@ -7,7 +7,9 @@ backward, at the rate that this machine multiplies large matrices with.
 
 Columns: ms of a step; what Lightning adds to it in percent of it; then shares of the bare step in percent: layers
 (convolutions and matrix products), fake-quantization, rounding with its regulariser, loss, optimizer, fetching the
-minibatch, other operations (activations, additions, mixing), Python; and the step's time over its limit.
+minibatch, other operations (activations, additions, mixing), Python; and the step's time over its limit. On a GPU
+`python` is the time in which it does nothing; the step is a recorded one, and shares are those of its operations taken
+one by one.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lightning_ptq as ptq
 from benchmarks.common import DEFAULT_ROOT, commit
 from benchmarks.speed import JOBS, VARIANTS, prepare
-from lightning_ptq.cache import sample_index
+from lightning_ptq.cache import Minibatch, sample_index
 
 # What the profiler calls the operations of each part; time is counted where an operation is not inside another of them.
 PARTS = {
@@ -74,12 +76,14 @@ class Measure(L.Callback):
         self.looped: list[float] = []
         self.bare: list[float] = []
         self.rows: list[dict[str, Any]] = []
+        self.batch: Minibatch | None = None  # in whose memory minibatches come, as a GPU's do
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, step: int) -> None:
         """Time the block of steps that ends here, and take one."""
         assert isinstance(module, ptq.PTQModule)
         if step < WARM_UP or step % BLOCK:
             return
+        self.batch = batch if module.device.type == "cuda" else None
         _wait(module.device)
         if step > WARM_UP:
             self.looped.append((time.perf_counter() - self.start) / BLOCK)
@@ -98,13 +102,16 @@ class Measure(L.Callback):
         cache, optimizer = module.session.opened, module.trainer.optimizers[0]
         for step in range(first + 1, first + 1 + count):  # not at a logging step
             rows = sample_index(cache.drawn, module.batch_size, step, module.seed, 0, 0)
+            self.batch = cache.minibatch(rows, into=self.batch)
+            loss = module.training_step(self.batch, step % 50 or 1)
             module.optimizer_zero_grad(0, step, optimizer)
-            module.training_step(cache.minibatch(rows), step % 50 or 1).backward()
+            module.backward(loss)
             optimizer.step()
         _wait(module.device)
 
     def row(self, module: ptq.PTQModule, step: int) -> dict[str, Any]:
-        """What was found about the unit in progress."""
+        """What was found about the unit in progress; operation by operation, and not played back."""
+        module._records = False
         with FlopCounterMode(display=False) as counter:
             self.steps(module, step, 1)
         with torch.profiler.profile() as profiler:

@@ -168,8 +168,7 @@ class Recordings(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, step: int) -> None:
         told = (step + 1) % 5 == 0 or step + 1 == trainer.num_training_batches
-        recording = step in (3, 4)  # begins by waiting
-        torch.cuda.set_sync_debug_mode("default" if told or recording or step < 12 else "error")
+        torch.cuda.set_sync_debug_mode("default" if told or step < 12 else "error")
 
     def on_train_batch_end(self, trainer: L.Trainer, module: PTQModule, *args: Any) -> None:
         torch.cuda.set_sync_debug_mode("default")
