@@ -6,8 +6,6 @@ dense, float32 and laid out alike; kernels walk over their memory and know no sh
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +18,7 @@ _ROUND: tl.constexpr = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def _rounded(position: Any, low: Any, high: Any) -> Any:
+def _rounded(position, low, high):
     # Comparisons, not minimum and maximum: NaN stays NaN.
     position = tl.where(position < low, low, position)
     position = tl.where(position > high, high, position)
@@ -29,16 +27,16 @@ def _rounded(position: Any, low: Any, high: Any) -> Any:
 
 @triton.jit
 def _quantize(
-    x_at: Any,
-    scale_at: Any,
-    keep_at: Any,
-    y_at: Any,
-    low: Any,
-    high: Any,
-    n: Any,
+    x_at,
+    scale_at,
+    keep_at,
+    y_at,
+    low,
+    high,
+    n,
     KEEP: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     scale = tl.load(scale_at)
     x = tl.load(x_at + i, mask=i < n)
@@ -50,18 +48,18 @@ def _quantize(
 
 @triton.jit
 def _quantize_backward(
-    x_at: Any,
-    grad_at: Any,
-    scale_at: Any,
-    keep_at: Any,
-    grad_x_at: Any,
-    sums_at: Any,
-    low: Any,
-    high: Any,
-    n: Any,
+    x_at,
+    grad_at,
+    scale_at,
+    keep_at,
+    grad_x_at,
+    sums_at,
+    low,
+    high,
+    n,
     KEEP: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     scale = tl.load(scale_at)
     x = tl.load(x_at + i, mask=i < n, other=0.0)
@@ -79,15 +77,15 @@ def _quantize_backward(
 
 @triton.jit
 def _error(
-    student_at: Any,
-    teacher_at: Any,
-    weights_at: Any,
-    sums_at: Any,
-    inner: Any,
-    channels: Any,
-    n: Any,
+    student_at,
+    teacher_at,
+    weights_at,
+    sums_at,
+    inner,
+    channels,
+    n,
     BLOCK: tl.constexpr,
-) -> None:
+):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     error = tl.load(student_at + i, mask=i < n, other=0.0) - tl.load(teacher_at + i, mask=i < n, other=0.0)
     weights = tl.load(weights_at + (i // inner) % channels)
@@ -96,16 +94,16 @@ def _error(
 
 @triton.jit
 def _error_backward(
-    student_at: Any,
-    teacher_at: Any,
-    weights_at: Any,
-    factor_at: Any,
-    grad_at: Any,
-    inner: Any,
-    channels: Any,
-    n: Any,
+    student_at,
+    teacher_at,
+    weights_at,
+    factor_at,
+    grad_at,
+    inner,
+    channels,
+    n,
     BLOCK: tl.constexpr,
-) -> None:
+):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     error = tl.load(student_at + i, mask=i < n) - tl.load(teacher_at + i, mask=i < n)
     weights = tl.load(weights_at + (i // inner) % channels)

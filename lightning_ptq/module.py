@@ -301,6 +301,8 @@ class PTQModule(Resuming):
             unit_shapes(self.teacher, tuple(shape))  # images that the network can't take are refused here
         # Both networks are frozen in eval mode on purpose.
         warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode", PossibleUserWarning)
+        # The first product of a process may be one of a backward pass, whose thread finds its GPU then.
+        warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA context")
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
         # What DDP sees when it wraps for the first time, before the first unit is entered.
