@@ -107,6 +107,7 @@ class Measure(L.Callback):
             module.optimizer_zero_grad(0, step, optimizer)
             module.backward(loss)
             optimizer.step()
+            del loss  # a recording must find no graph of an earlier step
         _wait(module.device)
 
     def row(self, module: ptq.PTQModule, step: int) -> dict[str, Any]:

@@ -8,6 +8,8 @@ samples: rows of values (R, B) with counts (R, B).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -28,6 +30,17 @@ _LEAST_SQUARES_STEPS = 4
 _CACHED = 2**19
 # Beyond 8 bits clipping never pays: the rounding error is too small for any tail to be traded for it.
 _MAX_SEARCH_BITS = 8
+
+
+@contextmanager
+def _in_any_order() -> Iterator[None]:
+    """Inside, a GPU may add up in any order: whole numbers come to the same, but torch asks for a fixed one."""
+    asked, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(asked, warn_only=warns)
 
 
 class Histogram:
@@ -56,7 +69,8 @@ class Histogram:
             raise PTQError("NaN or infinite values")
         self._cover(low, high)
         start = self.first * self.width
-        counts = torch.histc(x, _BINS, start, start + _BINS * self.width)
+        with _in_any_order():
+            counts = torch.histc(x, _BINS, start, start + _BINS * self.width)
         self.counts += counts.cpu().double()
 
     def merge(self, other: Histogram) -> None:

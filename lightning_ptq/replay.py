@@ -100,11 +100,10 @@ class Replay:
         generators: Iterable[torch.Generator | None],
     ) -> _Recording | None:
         """A step, recorded but not taken; None, with a warning, if it does what can't be recorded, such as waiting."""
-        trained = list(trained)
+        trained, drawn = list(trained), [generator for generator in generators if generator is not None]
         graph = torch.cuda.CUDAGraph()
-        for generator in generators:
-            if generator is not None:
-                graph.register_generator_state(generator)
+        for generator in drawn:
+            graph.register_generator_state(generator)
         pool = next((other.graph.pool() for other in self._recordings.values()), None)  # they never run at once
         _clear(trained)  # gradients have to lie in the recording's memory
         try:
@@ -121,8 +120,16 @@ class Replay:
                 stacklevel=2,
             )
             _clear(trained)
+            for generator in (*drawn, torch.cuda.default_generators[trained[0].device.index]):
+                _renew(generator)
             return None
         return _Recording(graph, {name: term.detach() for name, term in terms.items()}, loss.detach())
+
+
+def _renew(generator: torch.Generator) -> None:
+    """Have a generator start again from its seed; one that a failed recording has left can't draw any more."""
+    fresh = torch.Generator(generator.device).manual_seed(generator.initial_seed())
+    generator.graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 def _clear(parameters: Iterable[nn.Parameter]) -> None:
