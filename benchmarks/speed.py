@@ -35,12 +35,13 @@ from benchmarks.eight_bits import crops, settle
 VARIANTS: dict[str, dict[str, Any]] = {
     "qdrop": {},
     "bf16": {},
+    "tuned": {},
     "unrecorded": {"cuda_graphs": False},
     "contrastive": {"contrastive": True},
     "paper": {"corrections": False, "network_steps": 0, "drop_until": 1.0},
 }
-# The Trainer's, where it is not the default.
-PRECISIONS: dict[str, Any] = {"bf16": "bf16-mixed"}
+# The Trainer's, where they are not the default.
+TRAINER: dict[str, dict[str, Any]] = {"bf16": {"precision": "bf16-mixed"}, "tuned": {"benchmark": True}}
 # name -> (network, pixels, images, bits, steps for each unit)
 JOBS: dict[str, tuple[str, int, int, tuple[int, int], int]] = {
     "cifar": ("resnet20", 32, 1024, (2, 2), 500),
@@ -83,7 +84,7 @@ def run(job: str, variant: str, steps: int | None, root: Path, accelerator: str)
             logger=False,
             enable_progress_bar=False,
             default_root_dir=folder,
-            precision=PRECISIONS.get(variant, "32-true"),
+            **TRAINER.get(variant, {}),
             callbacks=[_Measure(yardstick)],
         ).fit(module, datamodule=data)
         summary = json.loads((Path(folder) / "summary.json").read_text())

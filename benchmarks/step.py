@@ -27,8 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lightning_ptq as ptq
 from benchmarks.common import DEFAULT_ROOT, commit
-from benchmarks.speed import JOBS, VARIANTS, prepare
-from lightning_ptq.cache import Minibatch, sample_index
+from benchmarks.speed import JOBS, TRAINER, VARIANTS, prepare
+from lightning_ptq.cache import Minibatch, Order
+from lightning_ptq.loader import Minibatches
 
 # What the profiler calls the operations of each part; time is counted where an operation is not inside another of them.
 PARTS = {
@@ -71,8 +72,8 @@ def _wait(device: torch.device) -> None:
 class Measure(L.Callback):
     """Takes the places of some of an epoch's steps to time them without Lightning."""
 
-    def __init__(self, rate: float) -> None:
-        self.rate = rate
+    def __init__(self, rate: float, operations: int = 0) -> None:
+        self.rate, self.operations = rate, operations
         self.looped: list[float] = []
         self.bare: list[float] = []
         self.rows: list[dict[str, Any]] = []
@@ -81,9 +82,11 @@ class Measure(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, step: int) -> None:
         """Time the block of steps that ends here, and take one."""
         assert isinstance(module, ptq.PTQModule)
+        step *= module.steps_per_batch
         if step < WARM_UP or step % BLOCK:
             return
-        self.batch = batch if module.device.type == "cuda" else None
+        if module.device.type == "cuda":
+            self.batch = next(iter(batch)) if isinstance(batch, Minibatches) else batch
         _wait(module.device)
         if step > WARM_UP:
             self.looped.append((time.perf_counter() - self.start) / BLOCK)
@@ -100,10 +103,10 @@ class Measure(L.Callback):
     def steps(self, module: ptq.PTQModule, first: int, count: int = BLOCK) -> None:
         """Steps as the Trainer would take them, on minibatches of their own."""
         cache, optimizer = module.session.opened, module.trainer.optimizers[0]
+        order = Order(cache.drawn, module.batch_size, module.seed, 0, 0, device=module.device)
         for step in range(first + 1, first + 1 + count):  # not at a logging step
-            rows = sample_index(cache.drawn, module.batch_size, step, module.seed, 0, 0)
-            self.batch = cache.minibatch(rows, into=self.batch)
-            loss = module.training_step(self.batch, step % 50 or 1)
+            self.batch = cache.minibatch(order.rows(step), into=self.batch)
+            loss = module._step(self.batch, step % 50 or 1)
             module.optimizer_zero_grad(0, step, optimizer)
             module.backward(loss)
             optimizer.step()
@@ -120,6 +123,8 @@ class Measure(L.Callback):
         # Deprecated spellings apart, `device_time_total` is 0 on the CPU.
         events = profiler.key_averages()
         kind = "device" if module.device.type == "cuda" else "cpu"
+        if self.operations:
+            print(events.table(f"self_{kind}_time_total", self.operations, max_name_column_width=90))
         total = {event.key: getattr(event, f"{kind}_time_total") for event in events}
         own = sum(getattr(e, f"self_{kind}_time_total") for e in events if e.key.startswith(("aten::", "_")))
         looped, bare = (1000 * statistics.median(times) for times in (self.looped, self.bare))
@@ -144,6 +149,8 @@ def main() -> None:
     parser.add_argument("--job", choices=list(JOBS), default="cifar")
     parser.add_argument("--variant", choices=list(VARIANTS), default="qdrop")
     parser.add_argument("--accelerator", default="cpu", choices=["cpu", "gpu"])
+    parser.add_argument("--steps_per_batch", type=int, choices=[1, 2, 5, 10], help="1, or on a GPU 10 by default")
+    parser.add_argument("--operations", type=int, default=0, help="print so many of each unit, the dearest")
     args = parser.parse_args()
     model, images = prepare(args.job, args.root)
     bits = JOBS[args.job][3]
@@ -153,10 +160,11 @@ def main() -> None:
         steps_per_unit=STEPS,
         seed=0,
         report=False,
+        steps_per_batch=args.steps_per_batch or (10 if args.accelerator == "gpu" else 1),
         **{"network_steps": STEPS} | VARIANTS[args.variant],
     )
     rate = matrix_rate(torch.device("cuda" if args.accelerator == "gpu" else "cpu"))
-    measure = Measure(rate)
+    measure = Measure(rate, args.operations)
     with tempfile.TemporaryDirectory() as folder:
         L.Trainer(
             accelerator=args.accelerator,
@@ -165,6 +173,7 @@ def main() -> None:
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
+            **TRAINER.get(args.variant, {}),
             default_root_dir=folder,
             callbacks=[measure],
         ).fit(module, datamodule=ptq.CalibrationDataModule.from_loaders([images], calibration_samples=len(images)))

@@ -22,6 +22,10 @@ from lightning_ptq.store import Store, chunks, run_chunked, sent, take
 JUDGE_IMAGES = 256
 
 
+# Numbers of the same rows in host memory and on the compute device, each (B,).
+Rows = tuple[Tensor, Tensor]
+
+
 class Minibatch(NamedTuple):
     """What one step reads: the same rows of every cache and their numbers; all (B, ...), on the compute device."""
 
@@ -71,14 +75,15 @@ class UnitCache:
         """Rows that judge: those held out, or else some that are drawn."""
         return judged_rows(self.drawn, len(self.teacher_in))
 
-    def minibatch(self, index: Tensor, corrected: bool = False, into: Minibatch | None = None) -> Minibatch:
-        """Rows `index` (B,) of the caches, all below `drawn`; of the teacher's side as corrected, if it is.
+    def minibatch(self, rows: Rows, corrected: bool = False, into: Minibatch | None = None) -> Minibatch:
+        """These rows of the caches, all below `drawn`; of the teacher's side as corrected, if it is.
 
         Args:
+            rows: (B,) in host memory and on the device.
             into: an earlier minibatch of the unit, whose memory is written to.
         """
         teacher = self._correction() if corrected and self.correction else (self.teacher_in, self.teacher_out)
-        return Minibatch(*gathered((self.student_in, *teacher, self.features), index, self.device, into))
+        return Minibatch(*gathered((self.student_in, *teacher, self.features), rows, self.device, into))
 
     def student_out(self, rows: slice = slice(None)) -> Tensor:
         """The student unit's output for these rows, as quantized now; finite or not."""
@@ -114,20 +119,22 @@ class UnitCache:
 
 
 def gathered(
-    tensors: Sequence[Tensor], index: Tensor, device: torch.device, into: Sequence[Tensor] | None = None
+    tensors: Sequence[Tensor], rows: Rows, device: torch.device, into: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
-    """Rows `index` (B,), which lies in host memory, of each of the tensors, and these numbers, all on `device`.
+    """These rows of each of the tensors, and their numbers, all on `device`.
 
     Args:
+        rows: (B,) in host memory and on the device.
         into: what an earlier call gave, whose memory is written to.
     """
-    rows = sent(index, device) if into is None else into[-1].copy_(sent(index, device))
+    here, there = rows
     places: Sequence[Tensor | None] = [None] * len(tensors) if into is None else into
     found = [
-        take(x, rows if x.device.type == device.type else index, device, place)
+        take(x, there if x.device.type == device.type else here, device, place)
         for x, place in zip(tensors, places, strict=False)
     ]
-    return [*found, rows]
+    # The numbers too in memory of their own: that of an order lives as long as its pass.
+    return [*found, there.clone() if into is None else into[-1].copy_(there)]
 
 
 def judged_rows(drawn: int, total: int) -> slice:
@@ -145,12 +152,28 @@ def check_finite(out: Tensor, name: str) -> None:
         )
 
 
-def sample_index(total: int, size: int, step: int, *seed: int) -> Tensor:
-    """The rows of step `step`, (size,): slices of one permutation after another, so every image comes equally often.
+class Order:
+    """Which rows each step reads: slices of one permutation after another, so every image comes equally often.
 
-    No row comes twice in a batch: a repeated image would be a false negative. A pure function of its arguments.
+    No row comes twice in a batch: a repeated image would be a false negative. A pure function of the arguments.
+
+    Args:
+        total: number of rows. size: of them for each step.
+        seed: of the permutations.
+        device: where steps are taken.
     """
-    per_pass = total // size
-    generator = torch.Generator().manual_seed(mixed_seed(*seed, step // per_pass))
-    start = step % per_pass * size
-    return torch.randperm(total, generator=generator)[start : start + size]
+
+    def __init__(self, total: int, size: int, *seed: int, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008
+        self.total, self.size, self.seed, self.device = total, size, seed, device
+        self._pass = -1
+        self._here = self._there = torch.empty(0, dtype=torch.long)
+
+    def rows(self, step: int) -> tuple[Tensor, Tensor]:
+        """The rows of `step`, (size,), in host memory and on the device, to which they go once for each pass."""
+        number, place = divmod(step, self.total // self.size)
+        if number != self._pass:
+            generator = torch.Generator().manual_seed(mixed_seed(*self.seed, number))
+            self._here = torch.randperm(self.total, generator=generator)
+            self._there, self._pass = sent(self._here, self.device), number
+        chosen = slice(place * self.size, (place + 1) * self.size)
+        return self._here[chosen], self._there[chosen]

@@ -21,7 +21,7 @@ from lightning_ptq.summary import RunSummary
 if TYPE_CHECKING:
     from lightning_ptq.module import PTQModule
 
-# Steps after which a unit is long enough to be worth checkpoints in its middle.
+# Batches after which a unit is long enough to be worth checkpoints in its middle.
 _LONG_UNIT = 1000
 
 
@@ -65,7 +65,7 @@ class UnitCheckpoint(ModelCheckpoint):
 
 
 class StepCheckpoint(ModelCheckpoint):
-    """`last.ckpt` every thousand steps too, for units that take long."""
+    """`last.ckpt` every thousand batches too, for units that take long."""
 
     def __init__(self) -> None:
         super().__init__(save_top_k=0, save_last=True, every_n_train_steps=_LONG_UNIT, enable_version_counter=False)
@@ -118,7 +118,7 @@ def model_callbacks(trainer: L.Trainer, module: PTQModule) -> list[Callback]:
     defaults = [_is_default(callback) for callback in trainer.checkpoint_callbacks]
     if defaults and all(defaults) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         callbacks.append(UnitCheckpoint())
-        if max(module.steps_per_unit, module.network_steps) > _LONG_UNIT:
+        if max(map(module.batches_of, range(len(module.epoch_names)))) > _LONG_UNIT:
             callbacks.append(StepCheckpoint())
     return callbacks
 

@@ -6,8 +6,15 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 
 from lightning_ptq.errors import PTQError
 
@@ -17,9 +24,9 @@ _SHARDING: tuple[tuple[str, type[Strategy]], ...] = (
     ("model_parallel", ModelParallelStrategy),
 )
 # Counts, and the least of each.
-_LEAST = {"steps_per_unit": 1, "network_steps": 0, "batch_size": 1}
+_LEAST = {"steps_per_unit": 1, "network_steps": 0, "batch_size": 1, "steps_per_batch": 1}
 # What may be left to a rule.
-_OPTIONAL = ("network_steps", "rounding_lr", "scale_lr", "rounding_weight")
+_OPTIONAL = ("network_steps", "rounding_lr", "scale_lr", "rounding_weight", "steps_per_batch")
 _PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 
@@ -77,20 +84,40 @@ def check_trainer(trainer: L.Trainer) -> None:
         )
 
 
-def check_network_steps(trainer: L.Trainer, network_steps: int) -> None:
+def takes_plain_steps(trainer: L.Trainer) -> bool:
+    """Whether each batch is a step of one process, and nothing acts on gradients before it."""
+    return (
+        isinstance(trainer.strategy, SingleDeviceStrategy)
+        and trainer.accumulate_grad_batches == 1
+        and not any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        and not trainer.gradient_clip_val
+        and trainer.precision != "16-mixed"
+    )
+
+
+def check_steps_per_batch(trainer: L.Trainer, steps: int) -> None:
+    """Raise `PTQError` if a batch can't be several steps."""
+    if steps > 1 and not takes_plain_steps(trainer):
+        raise PTQError(
+            f"steps_per_batch={steps} needs one device, without accumulated or clipped gradients and without "
+            "precision='16-mixed'. Leave it out."
+        )
+
+
+def check_network_steps(trainer: L.Trainer, batches: int) -> None:
     """Raise `PTQError` for what Lightning would find wrong with the last epoch's length, but only when it begins."""
     limit = trainer.limit_train_batches
-    steps = int(network_steps * limit) if isinstance(limit, float) else min(network_steps, limit)
-    if steps == 0 and limit != 0:
+    taken = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
+    if taken == 0 and limit != 0:
         raise PTQError(
-            f"limit_train_batches={limit} leaves nothing of the {network_steps} steps of the whole-network epoch. "
+            f"limit_train_batches={limit} leaves nothing of the {batches} batches of the whole-network epoch. "
             "Raise it, or set network_steps."
         )
     interval = trainer.val_check_interval
     validates = trainer.limit_val_batches > 0 and trainer.check_val_every_n_epoch is not None
-    if validates and isinstance(interval, int) and interval > steps:
+    if validates and isinstance(interval, int) and interval > taken:
         raise PTQError(
-            f"val_check_interval={interval} is more than the {steps} steps of the whole-network epoch. "
+            f"val_check_interval={interval} is more than the {taken} batches of the whole-network epoch. "
             "Lower it, or set network_steps."
         )
 

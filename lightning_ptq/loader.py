@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from lightning_ptq.cache import Minibatch, sample_index
+from lightning_ptq.cache import Minibatch, Order
 
 if TYPE_CHECKING:
     from lightning_ptq.module import PTQModule
+
+
+class Minibatches:
+    """The minibatches of some steps, one after another as they are asked for."""
+
+    def __init__(self, steps: range, of: Callable[[int], Minibatch]) -> None:
+        self.steps, self._of = steps, of
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Minibatch]:
+        return map(self._of, self.steps)
 
 
 class UnitLoader:
@@ -22,8 +35,8 @@ class UnitLoader:
         self.module = module
 
     def __len__(self) -> int:
-        """Steps of the current epoch."""
-        return self.module.steps_of(self.module.trainer.current_epoch)
+        """Lightning's batches in the current epoch."""
+        return self.module.batches_of(self.module.trainer.current_epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: it tells Lightning that resuming in the middle works."""
@@ -32,21 +45,27 @@ class UnitLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to restore."""
 
-    def __iter__(self) -> Iterator[Minibatch]:
+    def __iter__(self) -> Iterator[Minibatch | Minibatches]:
         module, trainer = self.module, self.module.trainer
-        unit = trainer.current_epoch
-        first = trainer.fit_loop.batch_idx + 1
+        unit, each = trainer.current_epoch, module.steps_per_batch
+        first = (trainer.fit_loop.batch_idx + 1) * each
         module.enter_unit(unit, first)
-        cache, settling = module.session.opened, module.session.settling
-        batch: Minibatch | None = None
-        for step in range(first, len(self)):
-            progress = settling.progress(step, int(trainer.num_training_batches))
-            if batch is not None and progress >= 1.0:  # nothing will be done with it
-                yield batch
-                continue
-            rows = sample_index(cache.drawn, module.batch_size, step, module.seed, unit, module.global_rank)
-            # Where the input is no longer mixed with the teacher's, a corrected target would be that of another input.
-            # A GPU's minibatches share their memory, so that a recorded step finds each of them.
-            into = batch if module.device.type == "cuda" else None
-            batch = cache.minibatch(rows, progress < module.method.drop_until, into)
-            yield batch
+        cache, settling, steps = module.session.opened, module.session.settling, module.steps_taken()
+        seed = module.seed, unit, module.global_rank
+        order = Order(cache.drawn, module.batch_size, *seed, device=module.device)
+        last: Minibatch | None = None
+
+        def minibatch(step: int) -> Minibatch:
+            nonlocal last
+            progress = settling.progress(step, steps)
+            if last is None or progress < 1.0:  # else nothing will be done with it
+                # Where the input is no longer mixed with the teacher's, a corrected target would be that of another
+                # input. A GPU's minibatches share their memory, so that a recorded step finds each of them.
+                into = last if module.device.type == "cuda" else None
+                last = cache.minibatch(order.rows(step), progress < module.method.drop_until, into)
+            return last
+
+        total = module.steps_of(unit)
+        for start in range(first, total, each):
+            some = range(start, min(start + each, total))
+            yield Minibatches(some, minibatch) if each > 1 else minibatch(start)

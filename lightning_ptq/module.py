@@ -23,7 +23,15 @@ from lightning_ptq.cache import UnitCache
 from lightning_ptq.calibration import UnitReport
 from lightning_ptq.callbacks import model_callbacks
 from lightning_ptq.checkpoint import arguments_of, read_checkpoint
-from lightning_ptq.checks import check_device, check_network_steps, check_settings, check_trainer, run_folder
+from lightning_ptq.checks import (
+    check_device,
+    check_network_steps,
+    check_settings,
+    check_steps_per_batch,
+    check_trainer,
+    run_folder,
+    takes_plain_steps,
+)
 from lightning_ptq.config import Granularity, QuantConfig, check_option
 from lightning_ptq.drop import DropMask
 from lightning_ptq.errors import PTQError
@@ -56,6 +64,9 @@ from lightning_ptq.settling import share_taken
 from lightning_ptq.store import CacheType
 from lightning_ptq.surroundings import Surroundings, likely_part, without_classes
 from lightning_ptq.ties import steer_clear
+
+# Optimisation steps of a batch, at most, where a GPU has recorded them.
+_STEPS_PER_BATCH = 20
 
 
 class PTQModule(Resuming):
@@ -102,6 +113,8 @@ class PTQModule(Resuming):
         cuda_graphs: on one GPU, record steps once and play them back (see `replay.py`): faster, and the same numbers.
             Not with accumulated or clipped gradients, float16, `augment` in the last epoch, or terms that do not allow
             it.
+        steps_per_batch: optimisation steps of what Lightning takes for one batch and one step, since its loop is dear
+            where a GPU has recorded the steps. None takes 1, or there a hundredth of `steps_per_unit`, at most 20.
         seed: seed of every random draw; None takes that of `lightning.seed_everything`, or else 0.
 
     Raises:
@@ -149,6 +162,7 @@ class PTQModule(Resuming):
         allow_drift: bool = False,
         report: bool = True,
         cuda_graphs: bool = True,
+        steps_per_batch: int | None = None,
         seed: int | None = None,
     ) -> None:
         check_settings(
@@ -163,6 +177,7 @@ class PTQModule(Resuming):
             rounding_weight=rounding_weight,
             held_out=held_out,
             settle=settle,
+            steps_per_batch=steps_per_batch,
         )
         coordinates = get_method(
             method,
@@ -235,6 +250,7 @@ class PTQModule(Resuming):
             self.model_digest += model_digest(surroundings)
         self._drop = DropMask(self.method.drop)
         self._replay, self._numbers = Replay(), Numbers()
+        self._asked_per_batch, self.steps_per_batch = steps_per_batch, steps_per_batch or 1
         # Equal on all ranks by construction, and DDP wraps anew for every unit.
         self._ddp_params_and_buffers_to_ignore = [name for name in self.state_dict() if name.startswith(FROZEN)]
         self._select(None)
@@ -296,6 +312,7 @@ class PTQModule(Resuming):
         check_trainer(self.trainer)
         without_profiler(self.trainer)
         check_device(self.trainer.strategy.root_device)
+        self._set_steps_per_batch()
         shape = self.trainer.datamodule.image_shape  # type: ignore[attr-defined]
         if shape is not None and self.surroundings is None:
             unit_shapes(self.teacher, tuple(shape))  # images that the network can't take are refused here
@@ -309,7 +326,7 @@ class PTQModule(Resuming):
         self._select(0)
         loop, epochs = self.trainer.fit_loop, len(self.epoch_names)
         loop.max_epochs = epochs if loop.max_epochs is None or loop.max_epochs < 0 else min(epochs, loop.max_epochs)
-        if self.network_steps or not self.method.learns:
+        if self.network_steps or not self.method.learns or self.steps_per_batch > 1:
             # The last epoch, and one that learns nothing, may be shorter than the logging interval. Reports are logged
             # all the same.
             warnings.filterwarnings("ignore", r"The number of training batches", PossibleUserWarning)
@@ -320,7 +337,7 @@ class PTQModule(Resuming):
         if self.trainer.datamodule.val_dataloader() == []:  # type: ignore[attr-defined]
             self.trainer.limit_val_batches = 0
         if self.network_steps and loop.max_epochs == epochs:
-            check_network_steps(self.trainer, self.network_steps)
+            check_network_steps(self.trainer, self.batches_of(epochs - 1))
         if self.trainer.check_val_every_n_epoch == 1:
             # Lightning's default would validate after every unit; what counts is the finished network.
             self.trainer.check_val_every_n_epoch = max(loop.max_epochs, 1)
@@ -386,6 +403,17 @@ class PTQModule(Resuming):
     def steps_of(self, unit: int) -> int:
         """Optimisation steps of `unit`, or of the whole network if that is len(student)."""
         return self.network_steps if unit == len(self.student) else self.steps_per_unit
+
+    def batches_of(self, unit: int) -> int:
+        """Lightning's batches of an epoch."""
+        return -(-self.steps_of(unit) // self.steps_per_batch)
+
+    def _set_steps_per_batch(self) -> None:
+        if self._asked_per_batch is None:
+            recorded = self.cuda_graphs and self.trainer.strategy.root_device.type == "cuda"
+            most = _STEPS_PER_BATCH if recorded and takes_plain_steps(self.trainer) else 1
+            self.steps_per_batch = max(1, min(self.steps_per_unit // 100, most))
+        check_steps_per_batch(self.trainer, self.steps_per_batch)
 
     def enter_unit(self, unit: int, first_step: int = 0) -> None:
         """Make `unit` the one that is calibrated, from `first_step` on: caches advanced to it, only it is trained.
@@ -488,7 +516,7 @@ class PTQModule(Resuming):
         if unit == len(self.epoch_names) - 1:
             self._finish_biases()
         numbers = {k: v for k, v in report.to_dict().items() if isinstance(v, float)}
-        steps = min(self.steps_of(unit), self.trainer.num_training_batches) * share_taken(report.settled_after)
+        steps = self.steps_taken() * share_taken(report.settled_after)
         images = steps * self.batch_size * self.trainer.world_size
         self._log(report.name, numbers | {"images_per_second": images / report.seconds})
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ptq.cache import Minibatch, UnitCache, gathered, judged_rows
+from lightning_ptq.cache import Minibatch, Rows, UnitCache, gathered, judged_rows
 from lightning_ptq.calibration import Comparison, UnitReport, no_worse, report, restore_initial
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.losses.prediction import prediction_errors
@@ -76,10 +76,10 @@ class NetworkCache:
         """Rows that judge: those held out, or else some that are drawn."""
         return judged_rows(self.drawn, len(self.images))
 
-    def minibatch(self, index: Tensor, corrected: bool = False, into: Minibatch | None = None) -> Minibatch:
-        """Rows `index` (B,) of the caches; the unit's output is the input of the head. `into` as in `UnitCache`."""
+    def minibatch(self, rows: Rows, corrected: bool = False, into: Minibatch | None = None) -> Minibatch:
+        """These rows of the caches; the unit's output is the input of the head. Arguments as in `UnitCache`."""
         tensors = (self.images, self.teacher_out, self.features)
-        images, *rest = gathered(tensors, index, self.device, into and [into.student_in, *into[2:]])
+        images, *rest = gathered(tensors, rows, self.device, into and [into.student_in, *into[2:]])
         return Minibatch(images, images, *rest)
 
     def student_out(self) -> Tensor:

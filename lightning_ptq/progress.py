@@ -47,14 +47,14 @@ def current_terms(trainer: L.Trainer, metrics: dict[str, Any]) -> dict[str, Any]
 
 
 def steps_left(trainer: L.Trainer, begins: bool = False) -> tuple[int, float]:
-    """Steps that are left of the epoch in progress, and of all epochs after it, in steps of a unit.
+    """Batches that are left of the epoch in progress, and of all epochs after it, in batches of a unit.
 
     An epoch that `begins` has no pace yet: it counts as one after.
     """
     module: PTQModule = trainer.lightning_module  # type: ignore[assignment]
     limit, units, later = trainer.limit_train_batches, len(module.student), 0.0
     for epoch in range(trainer.current_epoch + (not begins), trainer.max_epochs or 0):
-        steps = module.steps_of(epoch)
+        steps = module.batches_of(epoch)
         steps = int(steps * limit) if isinstance(limit, float) else min(steps, limit)
         later += steps * units * _NETWORK_STEP if epoch == units else steps
     return 0 if begins else int(trainer.num_training_batches) - trainer.fit_loop.batch_idx - 1, later
@@ -131,7 +131,8 @@ class _Units(ProgressBar):
         step = self._pace.seconds_per_step(self._pace.unit)
         if not step:
             return {}
-        images = trainer.lightning_module.batch_size * trainer.world_size / step  # type: ignore[operator]
+        module: PTQModule = trainer.lightning_module  # type: ignore[assignment]
+        images = module.batch_size * module.steps_per_batch * trainer.world_size / step
         left = round(self._pace.left(*steps_left(trainer, begins)))
         return {"images/s": f"{images:.0f}"} | ({"left": str(timedelta(seconds=left))} if left else {})
 

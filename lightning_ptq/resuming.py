@@ -19,7 +19,7 @@ from lightning_ptq.store import CacheType
 # State that is the user's model, not the calibration's: in no checkpoint.
 FROZEN = ("teacher.", "surroundings.")
 # Settings that came later, with the value that an older checkpoint was made with.
-_ADDED = {"settle": 0.0, "cache_dtype": "float32"}
+_ADDED = {"settle": 0.0, "cache_dtype": "float32", "steps_per_batch": 1}
 # What of the structure the method decides.
 _BY_METHOD = ("granularity", "rounding")
 
@@ -134,6 +134,7 @@ class Resuming(Steps):
             "rounding_weight": self.rounding_weight,
             "critic": asdict(self.critic),
             "cache_dtype": self.cache_dtype,
+            "steps_per_batch": self.steps_per_batch,
             "seed": self.seed,
         }
 

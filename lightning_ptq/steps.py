@@ -7,16 +7,17 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
 from lightning_ptq.augment import Augmentation
 from lightning_ptq.cache import Minibatch
+from lightning_ptq.checks import takes_plain_steps
 from lightning_ptq.drop import DropMask
 from lightning_ptq.evaluation import Evaluation
 from lightning_ptq.functional import in_float32
 from lightning_ptq.graph import Chain
 from lightning_ptq.graph.taps import recorded
+from lightning_ptq.loader import Minibatches
 from lightning_ptq.losses import Tail, UnitBatch
 from lightning_ptq.losses.base import Objective
 from lightning_ptq.losses.rounding import annealed_beta
@@ -47,6 +48,7 @@ class Steps(QuickName, Evaluation):
     session: Session
     augment: Augmentation
     cuda_graphs: bool
+    steps_per_batch: int
     epoch_names: tuple[str, ...]
     anchor: nn.Parameter
     rounding_lr: float
@@ -72,35 +74,57 @@ class Steps(QuickName, Evaluation):
         if not self._optimizer.stepped:
             super().backward(loss, *args, **kwargs)
 
-    def training_step(self, batch: Minibatch, batch_idx: int) -> Tensor:
-        """One step of the current unit, or of the whole network: the sum of the objective's terms."""
+    def training_step(self, batch: Minibatch | Minibatches, batch_idx: int) -> Tensor:
+        """The next steps of the current unit, or of the whole network; the loss of the last, which Lightning takes."""
+        if isinstance(batch, Minibatch):
+            return self._step(batch, batch_idx)
+        for step, minibatch in zip(batch.steps, batch, strict=True):
+            loss = self._step(minibatch, step)
+            if step != batch.steps[-1] and not self._optimizer.stepped:
+                self.optimizer_zero_grad(self.trainer.current_epoch, batch_idx, self._optimizer)
+                with in_float32(self.device):
+                    loss.backward()
+                self._optimizer.step()
+        return loss
+
+    def steps_taken(self) -> int:
+        """Steps of the epoch in progress, as the Trainer limits it."""
+        batches = int(self.trainer.num_training_batches)
+        return min(self.steps_of(self.trainer.current_epoch), batches * self.steps_per_batch)
+
+    def _step(self, batch: Minibatch, step: int) -> Tensor:
+        """One step: the sum of the objective's terms."""
         unit, optimizer = self.trainer.current_epoch, self._optimizer
         optimizer.stepped = False
-        progress = self.session.progress(batch_idx, int(self.trainer.num_training_batches))
+        progress = self.session.progress(step, self.steps_taken())
         if progress >= 1.0:
             return self._nothing()
         network = unit == len(self.student)
         objective = self.network_objective if network else self.objective
-        beta = self._prepare(unit, batch_idx, progress)
+        beta = self._prepare(unit, step, progress)
 
         def compute() -> tuple[dict[str, Tensor], Tensor]:
             if network:
                 # At bfloat16 the whole network, where a rounding leads to others, learns for another one than is
                 # measured.
                 with in_float32(self.device):
-                    terms = self._network_terms(batch, batch_idx, progress)
+                    terms = self._network_terms(batch, step, progress)
             else:
-                terms = self._unit_terms(unit, batch, batch_idx, progress, beta)
+                terms = self._unit_terms(unit, batch, step, progress, beta)
             return terms, sum(terms.values(), 0.0 * self.anchor)
 
-        if self._records and objective.is_steady(batch_idx):
-            form = unit, self._drop.active, beta is None, objective.present(batch_idx)
+        if self._records and objective.is_steady(step):
+            form = unit, self._drop.active, beta is None, objective.present(step)
             trained, generators = (*self._selection.trained, self.anchor), (self._drop.generator, self._generator)
             terms, loss = self._replay.take(form, compute, optimizer, trained, generators)
         else:
             terms, loss = compute()
-        self._tell(self.epoch_names[unit], batch_idx + 1, terms)
+        self._tell(self.epoch_names[unit], step + 1, terms)
         return loss
+
+    def steps_of(self, unit: int) -> int:
+        """Optimisation steps of an epoch."""
+        raise NotImplementedError
 
     def _prepare(self, unit: int, step: int, progress: float) -> float | Tensor | None:
         """Set all that changes from step to step but the minibatch; the exponent of AdaRound's regulariser."""
@@ -124,18 +148,15 @@ class Steps(QuickName, Evaluation):
     def begin_recording(self, unit: int) -> None:
         """Forget the recordings of another unit; decide whether steps of `unit` are recorded.
 
-        What acts on gradients between backward pass and step, or is drawn by Python, is in no recording.
+        What Python draws is in no recording.
         """
         self._replay.forget()
-        trainer, network = self.trainer, unit == len(self.student)
+        network = unit == len(self.student)
         objective = self.network_objective if network else self.objective
         self._records = (
             self.cuda_graphs
             and self.device.type == "cuda"
-            and isinstance(trainer.strategy, SingleDeviceStrategy)
-            and trainer.accumulate_grad_batches == 1
-            and not trainer.gradient_clip_val
-            and trainer.precision != "16-mixed"
+            and takes_plain_steps(self.trainer)
             and not torch.is_anomaly_enabled()
             and objective.is_recordable
             and not (network and self.augment)
@@ -254,8 +275,8 @@ class Steps(QuickName, Evaluation):
 
     def _tell(self, name: str, step: int, terms: dict[str, Tensor]) -> None:
         """Terms to bar and loggers every `log_every_n_steps`; to the report as often, or `_POINTS` times a unit."""
-        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        steps = int(self.trainer.num_training_batches)
+        interval: int = self.trainer.log_every_n_steps * self.steps_per_batch  # type: ignore[attr-defined]
+        steps = self.steps_taken()
         logged = interval > 0 and (step % interval == 0 or step == steps)
         noted = step % max(1, min(interval or steps, steps // _POINTS)) == 0 or step == steps
         values = {term: float(value.detach()) for term, value in terms.items()} if logged or noted else {}

@@ -32,6 +32,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     # What the tests ask for: a fit beside the GPU, and torch's word on waiting.
     pytest.mark.filterwarnings("ignore:GPU available but not used"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
     pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
 ]
 
@@ -112,7 +113,7 @@ def test_fake_quantization_equals_the_cpu() -> None:
         q = ActQuantizer(4).to(device)
         q.set_range(torch.tensor(0.3, device=device), torch.tensor(7.0, device=device))
         q.log_scale.requires_grad_(True)
-        z = x.to(device).requires_grad_(True)
+        z = x.to(device).detach().requires_grad_(True)
         y = q(z)
         (y * y.detach().cos()).sum().backward()
         results.append([t.detach().cpu() for t in (y, z.grad, q.log_scale.grad)])
@@ -152,7 +153,7 @@ def test_one_pass_equals_the_operations_on_the_cpu(dropped: bool, layout: torch.
     keep = (torch.rand_like(x) < 0.5).float() if dropped else None
     results = []
     for device in ("cpu", "cuda"):
-        z = x.to(device).requires_grad_()
+        z = x.to(device).detach().requires_grad_()
         log_scale = torch.tensor(-0.1, device=device, requires_grad=True)
         y = fake_quantize(z, log_scale, -2.0, 5.0, None if keep is None else keep.to(device))
         (y * y.detach().cos()).sum().backward()
@@ -166,7 +167,7 @@ def test_the_weighted_error_equals_that_of_the_cpu(layout: torch.memory_format) 
     student, teacher = (torch.randn(3, 5, 40, 50).to(memory_format=layout) for _ in range(2))
     weights, results = torch.rand(5), []
     for device in ("cpu", "cuda"):
-        z = student.to(device).requires_grad_()
+        z = student.to(device).detach().requires_grad_()
         loss = reconstruction_loss(z, teacher.to(device), weights.to(device))
         loss.backward()
         results.append([t.detach().cpu() for t in (loss, z.grad)])
@@ -181,12 +182,22 @@ class Recordings(L.Callback):
         self.most = 0
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, step: int) -> None:
-        told = (step + 1) % 5 == 0 or step + 1 == trainer.num_training_batches
+        told = (step + 1) % 3 == 0 or step + 1 == trainer.num_training_batches  # 20 times for the report
         torch.cuda.set_sync_debug_mode("default" if told or step < 12 else "error")
 
     def on_train_batch_end(self, trainer: L.Trainer, module: PTQModule, *args: Any) -> None:
         torch.cuda.set_sync_debug_mode("default")
         self.most = max(self.most, len(module._replay._recordings))
+
+
+def test_recorded_steps_several_to_a_batch_are_the_same_steps(tmp_path: Path) -> None:
+    states = []
+    for each, recorded in ((7, True), (1, False)):
+        module = tiny_module(steps_per_unit=60, contrastive=True, steps_per_batch=each, cuda_graphs=recorded)
+        running = trainer(tmp_path / str(each), accelerator="cuda", deterministic=True)
+        running.fit(module, datamodule=tiny_data())
+        states.append(quantization_state(module))
+    assert_equal_states(states[0], states[1])
 
 
 @pytest.mark.parametrize("changes", [{}, {"contrastive": True}, {"method": "pdquant"}, {"method": "flexround"}])
@@ -195,7 +206,7 @@ def test_recorded_steps_are_the_same_steps(tmp_path: Path, changes: dict[str, An
     for recorded in (True, False):
         module, counter = tiny_module(steps_per_unit=60, cuda_graphs=recorded, **changes), Recordings()
         folder = tmp_path / str(recorded)
-        settings = {"log_every_n_steps": 5, "callbacks": [counter]}
+        settings = {"log_every_n_steps": 50, "callbacks": [counter]}
         trainer(folder, accelerator="cuda", deterministic=True, **settings).fit(module, datamodule=tiny_data())
         states.append(quantization_state(module))
         counts.append(counter.most)
@@ -206,13 +217,13 @@ def test_recorded_steps_are_the_same_steps(tmp_path: Path, changes: dict[str, An
 
 def test_resume_in_the_middle_of_recorded_steps(tmp_path: Path) -> None:
     def fit(name: str, max_steps: int = -1, ckpt_path: Path | None = None) -> PTQModule:
-        module = tiny_module(steps_per_unit=60, contrastive=True)
+        module = tiny_module(steps_per_unit=60, contrastive=True, steps_per_batch=3)
         running = trainer(tmp_path / name, accelerator="cuda", deterministic=True, max_steps=max_steps)
         running.fit(module, datamodule=tiny_data(), ckpt_path=ckpt_path)
         return module
 
     whole = fit("whole")
-    fit("stopped", max_steps=95)
+    fit("stopped", max_steps=32)
     resumed = fit("resumed", ckpt_path=tmp_path / "stopped" / "checkpoints" / "last.ckpt")
     assert_equal_states(quantization_state(resumed), quantization_state(whole))
 

@@ -88,7 +88,7 @@ def test_a_unit_that_is_passed_through_is_not_corrected(monkeypatch: pytest.Monk
     cache = UnitCache(pair.teacher, pair.student, images, Store(CPU), held_out=8, correction=4)
     cache.advance(cache.student_out())
     for _ in range(2):
-        cache.minibatch(torch.arange(4), True)
+        cache.minibatch((torch.arange(4),) * 2, True)
     assert calls == [32], "once, and only what is drawn"
 
 
@@ -97,7 +97,7 @@ def test_steps_are_shown_corrected_activations_and_the_next_unit_starts_from_the
     cache = UnitCache(pair.teacher, pair.student, images, Store(CPU), correction=4)
     plain = UnitCache(pair.teacher, pair.student, images, Store(CPU))
     for k in range(2):
-        rows = torch.tensor([3, 0, 17])
+        rows = (torch.tensor([3, 0, 17]),) * 2
         shown, true = cache.minibatch(rows, True), plain.minibatch(rows, True)
         assert torch.equal(cache.minibatch(rows).teacher_in, true.teacher_in)
         assert not torch.equal(shown.teacher_in, true.teacher_in)

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ptq import CalibrationDataModule, PTQError, PTQModule, Term, UnitBatch
+from lightning_ptq.cache import Order
 from lightning_ptq.checks import check_device
 from lightning_ptq.quantizers import act_quantizers, weight_quantizers
 from tests.helpers import (
@@ -182,7 +183,10 @@ def test_a_user_term_joins_the_objective(tmp_path: Path) -> None:
 
 
 def test_minibatches_hold_different_images_and_follow_the_seed() -> None:
-    from lightning_ptq.cache import sample_index
+    def sample_index(total: int, size: int, step: int, *seed: int) -> torch.Tensor:
+        here, there = Order(total, size, *seed).rows(step)
+        assert torch.equal(here, there)
+        return here
 
     first = [sample_index(40, 8, step, 0, 1, 2).tolist() for step in range(5)]
     assert sorted(row for batch in first for row in batch) == list(range(40)), "one pass shows every image once"
