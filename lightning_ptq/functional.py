@@ -207,6 +207,13 @@ class _SoftRound(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, alpha: Tensor, low: Tensor, step: Tensor, log_gain: Tensor) -> tuple[Tensor, Tensor]:
+        alike = alpha.shape == low.shape == step.shape and all(x.is_contiguous() for x in (alpha, low, step, log_gain))
+        ctx.kernels = kernels = kernels_for(alpha) if alike and alpha.numel() else None
+        if kernels is not None:
+            weight, h = kernels.soft_round(alpha, low, step, log_gain, ZETA - GAMMA, GAMMA)
+            ctx.save_for_backward(alpha, step, log_gain, weight)
+            ctx.set_materialize_grads(False)
+            return weight, h
         sigmoid, gain = alpha.sigmoid(), log_gain.exp()
         h = _stretch(sigmoid)
         weight = torch.addcmul(low, step, h).mul_(gain)
@@ -216,6 +223,8 @@ class _SoftRound(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_weight: Tensor | None, grad_h: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.kernels is not None:
+            return _SoftRound._backward(ctx, grad_weight, grad_h)
         sigmoid, step, gain, weight = ctx.saved_tensors
         grad_gain, grad = None, grad_h
         if grad_weight is not None:
@@ -229,6 +238,18 @@ class _SoftRound(torch.autograd.Function):
         low, high = -GAMMA / (ZETA - GAMMA), (1.0 - GAMMA) / (ZETA - GAMMA)
         grad = torch.ops.aten.hardtanh_backward(grad, sigmoid, low, high)  # 0 where h is clamped
         return torch.ops.aten.sigmoid_backward(grad, sigmoid).mul_(ZETA - GAMMA), None, None, grad_gain
+
+    @staticmethod
+    def _backward(ctx: Any, grad_weight: Tensor | None, grad_h: Tensor | None) -> tuple[Tensor | None, ...]:
+        alpha, step, log_gain, weight = ctx.saved_tensors
+        if grad_weight is None and grad_h is None:
+            return None, None, None, None
+        grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.contiguous()
+        grad_h = None if grad_h is None else grad_h.contiguous()
+        at = alpha, step, log_gain, weight, grad_weight, grad_h
+        grad, grad_gain = ctx.kernels.soft_round_backward(*at, ZETA - GAMMA, GAMMA)
+        grad_gain = grad_gain.view(-1, *[1] * (alpha.dim() - 1)).sum_to_size(log_gain.shape)
+        return grad, None, None, grad_gain if ctx.needs_input_grad[3] else None
 
 
 def _stretch(sigmoid: Tensor) -> Tensor:
@@ -269,6 +290,12 @@ class _Undecided(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, beta: float | Tensor, *roundings: Tensor) -> Tensor:
+        ctx.kernels = kernels = kernels_for(roundings[0]) if all(h.is_contiguous() for h in roundings) else None
+        if kernels is not None:
+            ctx.beta = beta if isinstance(beta, Tensor) else roundings[0].new_tensor(beta)
+            ctx.save_for_backward(*roundings)
+            total: Tensor = kernels.undecided(roundings, ctx.beta)
+            return total
         saved, sums = [], []
         for h in roundings:
             u = (h * 2.0).sub_(1.0)
@@ -282,6 +309,8 @@ class _Undecided(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.kernels is not None:
+            return None, *(ctx.kernels.undecided_backward(h, ctx.beta, grad) for h in ctx.saved_tensors)
         factor, saved = grad * (-2.0 * ctx.beta), ctx.saved_tensors
         pairs = zip(saved[::2], saved[1::2], strict=True)
         return None, *(torch.copysign(power, u).mul_(factor) for u, power in pairs)

@@ -6,6 +6,8 @@ dense, float32 and laid out alike; kernels walk over their memory and know no sh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -110,6 +112,84 @@ def _error_backward(
     tl.store(grad_at + i, error * weights * tl.load(factor_at), mask=i < n)
 
 
+@triton.jit
+def _soft_round(
+    alpha_at,
+    low_at,
+    step_at,
+    log_gain_at,
+    weight_at,
+    h_at,
+    inner,
+    channels,
+    n,
+    SPAN: tl.constexpr,
+    START: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    sigmoid = tl.sigmoid(tl.load(alpha_at + i, mask=i < n, other=0.0))
+    h = tl.minimum(tl.maximum(sigmoid * SPAN + START, 0.0), 1.0)
+    gain = tl.exp(tl.load(log_gain_at + (i // inner) % channels))
+    weight = (tl.load(low_at + i, mask=i < n) + tl.load(step_at + i, mask=i < n) * h) * gain
+    tl.store(weight_at + i, weight, mask=i < n)
+    tl.store(h_at + i, h, mask=i < n)
+
+
+@triton.jit
+def _soft_round_backward(
+    alpha_at,
+    step_at,
+    log_gain_at,
+    weight_at,
+    grad_weight_at,
+    grad_h_at,
+    grad_alpha_at,
+    grad_gain_at,
+    size,
+    CHANNELS: tl.constexpr,
+    UNDECIDED: tl.constexpr,
+    SPAN: tl.constexpr,
+    START: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # One program for each output channel, whose `size` weights lie together.
+    channel = tl.program_id(0)
+    gain = tl.exp(tl.load(log_gain_at + (channel if CHANNELS else 0)))
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, size, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        i = channel.to(tl.int64) * size + j
+        sigmoid = tl.sigmoid(tl.load(alpha_at + i, mask=j < size, other=0.0))
+        grad_weight = tl.load(grad_weight_at + i, mask=j < size, other=0.0)
+        total += grad_weight * tl.load(weight_at + i, mask=j < size, other=0.0)
+        grad = grad_weight * gain * tl.load(step_at + i, mask=j < size, other=0.0)
+        if UNDECIDED:
+            grad += tl.load(grad_h_at + i, mask=j < size, other=0.0)
+        stretched = sigmoid * SPAN + START
+        clamped = (stretched <= 0.0) | (stretched >= 1.0)
+        grad = tl.where(clamped, 0.0, grad * sigmoid * (1.0 - sigmoid) * SPAN)
+        tl.store(grad_alpha_at + i, grad, mask=j < size)
+    tl.store(grad_gain_at + channel, tl.sum(total, axis=0))
+
+
+@triton.jit
+def _undecided(h_at, beta_at, sums_at, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    distance = tl.abs(2.0 * tl.load(h_at + i, mask=i < n, other=0.0) - 1.0)
+    # The logarithm of 0 is -inf, and 2 to that 0.
+    tl.store(sums_at + tl.program_id(0), tl.sum(1.0 - tl.exp2(tl.log2(distance) * tl.load(beta_at)), axis=0))
+
+
+@triton.jit
+def _undecided_backward(h_at, beta_at, grad_at, grad_h_at, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    u, beta = 2.0 * tl.load(h_at + i, mask=i < n, other=0.0) - 1.0, tl.load(beta_at)
+    power = tl.exp2(tl.log2(tl.abs(u)) * (beta - 1.0))
+    grad = tl.load(grad_at) * -2.0 * beta * tl.where(u < 0.0, -power, power)
+    tl.store(grad_h_at + i, grad, mask=i < n)
+
+
 def fake_quantize(x: Tensor, scale: Tensor, low: float, high: float, keep: Tensor | None) -> Tensor:
     """`x` on the grid of `scale` (), or as it is where `keep` is 0; arguments as in `functional.fake_quantize`."""
     y = torch.empty_like(x)
@@ -155,6 +235,61 @@ def weighted_error_backward(student: Tensor, teacher: Tensor, weights: Tensor, f
                 student, teacher, weights, factor, grad, _inner(student), student.shape[1], student.numel(), _BLOCK
             )
     return grad
+
+
+def soft_round(
+    alpha: Tensor, low: Tensor, step: Tensor, log_gain: Tensor, span: float, start: float
+) -> tuple[Tensor, Tensor]:
+    """(weight, h) as in `functional.soft_round`, h = clamp(span * sigmoid(alpha) + start, 0, 1).
+
+    All are contiguous, and `alpha`, `low` and `step` of one shape (O, ...); `log_gain` holds O numbers, or one.
+    """
+    weight, h, n = torch.empty_like(alpha), torch.empty_like(alpha), alpha.numel()
+    with torch.cuda.device_of(alpha):
+        _soft_round[_grid(alpha)](
+            alpha, low, step, log_gain, weight, h, n // len(alpha), log_gain.numel(), n, span, start, _BLOCK
+        )
+    return weight, h
+
+
+def soft_round_backward(
+    alpha: Tensor,
+    step: Tensor,
+    log_gain: Tensor,
+    weight: Tensor,
+    grad_weight: Tensor,
+    grad_h: Tensor | None,
+    span: float,
+    start: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `alpha` and, summed over each output channel (O,), of `log_gain`."""
+    grad_alpha, grad_gain = torch.empty_like(alpha), alpha.new_empty(len(alpha))
+    size = alpha.numel() // len(alpha)
+    block = min(_BLOCK, triton.next_power_of_2(size))
+    with torch.cuda.device_of(alpha):
+        other, channels = alpha if grad_h is None else grad_h, log_gain.numel() > 1
+        at = alpha, step, log_gain, weight, grad_weight, other, grad_alpha, grad_gain
+        _soft_round_backward[(len(alpha),)](*at, size, channels, grad_h is not None, span, start, block)
+    return grad_alpha, grad_gain
+
+
+def undecided(roundings: Sequence[Tensor], beta: Tensor) -> Tensor:
+    """sum(1 - |2 h - 1| ** beta) over all elements of contiguous tensors, (); `beta` ()."""
+    programs = [_grid(h)[0] for h in roundings]
+    sums = roundings[0].new_empty(sum(programs))
+    with torch.cuda.device_of(sums):
+        for h, part in zip(roundings, sums.split(programs), strict=True):
+            # What lies behind the end is decided: it counts nothing.
+            _undecided[_grid(h)](h, beta, part, h.numel(), _BLOCK)
+    return sums.sum()
+
+
+def undecided_backward(h: Tensor, beta: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of `h` where that of `undecided` is `grad` ()."""
+    grad_h = torch.empty_like(h)
+    with torch.cuda.device_of(h):
+        _undecided_backward[_grid(h)](h, beta, grad, grad_h, h.numel(), _BLOCK)
+    return grad_h
 
 
 def _grid(x: Tensor) -> tuple[int]:

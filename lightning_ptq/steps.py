@@ -85,6 +85,7 @@ class Steps(QuickName, Evaluation):
                 with in_float32(self.device):
                     loss.backward()
                 self._optimizer.step()
+                del loss  # a step is recorded while nothing of an earlier one is left
         return loss
 
     def steps_taken(self) -> int:
@@ -96,6 +97,7 @@ class Steps(QuickName, Evaluation):
         """One step: the sum of the objective's terms."""
         unit, optimizer = self.trainer.current_epoch, self._optimizer
         optimizer.stepped = False
+        torch.clear_autocast_cache()  # it holds parameters as they were before the last step of the same batch
         progress = self.session.progress(step, self.steps_taken())
         if progress >= 1.0:
             return self._nothing()

@@ -206,7 +206,7 @@ def test_recorded_steps_are_the_same_steps(tmp_path: Path, changes: dict[str, An
     for recorded in (True, False):
         module, counter = tiny_module(steps_per_unit=60, cuda_graphs=recorded, **changes), Recordings()
         folder = tmp_path / str(recorded)
-        settings = {"log_every_n_steps": 50, "callbacks": [counter]}
+        settings = {"log_every_n_steps": 60, "callbacks": [counter]}
         trainer(folder, accelerator="cuda", deterministic=True, **settings).fit(module, datamodule=tiny_data())
         states.append(quantization_state(module))
         counts.append(counter.most)
@@ -237,7 +237,7 @@ class Peeking(nn.Module):
 
 def test_what_cannot_be_recorded_is_calibrated_all_the_same(tmp_path: Path) -> None:
     net = tiny_net()
-    net.blocks = nn.Sequential(net.blocks[0], Peeking(), net.blocks[1])
+    net.blocks = nn.Sequential(net.blocks[0], Peeking(), net.blocks[1]).eval()
     settings: dict[str, Any] = {"steps_per_unit": 30, "batch_size": 8, "seed": 0, "leaf_modules": ["blocks.1"]}
     states = []
     for recorded in (True, False):
