@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,16 +19,16 @@ class DropMask:
     """QDrop's random choice between quantized and float elements (Wei et al. 2022, section 4.2).
 
     Random numbers are drawn once for each size of tensor, into a pool somewhat longer than it; a mask is a window of
-    the pool whose place is drawn anew each time, so that a step costs no random numbers and no pass over the mask. A
-    GPU draws them anew, which costs it nothing, from a counter: a step that is played back (`replay.py`) goes on
-    with the counter, while a window could not move. Masks are a pure function of the seeds and the order of calls since
-    `seed`.
+    the pool whose place is drawn anew each time, so that a step costs no random numbers and no pass over the mask. On a
+    GPU with Triton there are no masks: a kernel draws an element's number when it comes to it, from a seed in the GPU's
+    memory, so that a step that is played back (`replay.py`) draws others each time. All is a pure function of the seeds
+    and the order of calls since `seed`.
     """
 
     def __init__(self, probability: float) -> None:
         self.probability, self.active = probability, True
         self._pools: dict[tuple[int, torch.device], Tensor] = {}
-        self.generator: torch.Generator | None = None  # of a GPU, once there is a mask on it
+        self._seed_there: Tensor | None = None  # on a GPU, once something was drawn there
         self._pool_seed = self._seed = self._calls = 0
 
     def seed(self, pool: int, step: int) -> None:
@@ -34,21 +36,32 @@ class DropMask:
         if pool != self._pool_seed:
             self.forget()
         self._pool_seed, self._seed, self._calls = pool, step, 0
-        if self.generator is not None:
-            self.generator.manual_seed(step)
+        if self._seed_there is not None:
+            self._seed_there.fill_(step)
 
     def forget(self) -> None:
         """Drop the pools; they are drawn again when they are needed."""
         self._pools.clear()
 
-    def keep(self, x: Tensor) -> Tensor | None:
-        """Mask of x's shape: 1 where the quantized value is used, 0 where the float; None: quantize everything."""
+    def mix(self, quantized: Tensor, other: Tensor) -> Tensor:
+        """Elements of `quantized` where the quantized value is used, else of `other`; no gradients."""
+        keep = self.keep(quantized)
+        if keep is None:
+            return quantized
+        if isinstance(keep, Tensor):
+            return torch.lerp(other, quantized, keep)
+        return keep.mix(quantized, F.laid_out_as(other, quantized))  # type: ignore[no-any-return]
+
+    def keep(self, x: Tensor) -> Any:
+        """What `fake_quantize` takes to quantize by chance: 1 in a mask of x's shape; None: it quantizes everything."""
         if self.probability == 0.0 or not self.active:
             return None
-        if x.device.type == "cuda":
-            if self.generator is None or self.generator.device != x.device:
-                self.generator = torch.Generator(x.device).manual_seed(self._seed)
-            return torch.empty_like(x).bernoulli_(1.0 - self.probability, generator=self.generator)
+        kernels = F.kernels_for(x)
+        if kernels is not None:
+            if self._seed_there is None or self._seed_there.device != x.device:
+                self._seed_there = torch.full((), self._seed, dtype=torch.int64, device=x.device)
+            self._calls += 1
+            return kernels.Draw(self._seed_there, self._calls, 1.0 - self.probability)
         n = x.numel()
         if (n, x.device) not in self._pools:
             generator = torch.Generator(x.device).manual_seed(self._pool_seed)

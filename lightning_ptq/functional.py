@@ -87,7 +87,7 @@ def fake_quantize(
     log_scale: Tensor,
     low: float,
     high: float,
-    keep: Tensor | None = None,
+    keep: Any = None,
 ) -> Tensor:
     """Quantize and dequantize a tensor with one scale, with the gradients of LSQ (Esser et al. 2020, eq. 3).
 
@@ -99,13 +99,15 @@ def fake_quantize(
         log_scale: natural logarithm of the scale, shape ().
         low, high: the grid's ends relative to its zero point, qmin - zero_point and qmax - zero_point.
         keep: mask of x's shape holding 0 and 1; where 0 the element stays in full precision (QDrop, Wei et al. 2022).
+            On a GPU with Triton it is a `kernels.Draw` of the elements that are quantized.
 
     Returns:
-        float32 tensor of x's shape. Gradients: to x straight through inside the grid, zero outside; to log_scale
-        sum(g * (y - x)) over the quantized elements inside the grid and sum(g * y) outside, divided by
-        sqrt(number of elements * number of steps of the grid's larger side) as LSQ does.
+        float32 tensor of x's shape, or bfloat16 where kernels take that. Gradients: to x straight through inside the
+        grid, zero outside; to log_scale sum(g * (y - x)) over the quantized elements inside the grid and sum(g * y)
+        outside, divided by sqrt(number of elements * number of steps of the grid's larger side) as LSQ does.
     """
-    result: Tensor = _FakeQuantize.apply(x.float(), log_scale, low, high, keep)
+    x = x if x.dtype == torch.bfloat16 and kernels_for(x) is not None else x.float()
+    result: Tensor = _FakeQuantize.apply(x, log_scale, low, high, keep)
     return result
 
 
@@ -116,30 +118,31 @@ class _FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, log_scale: Tensor, low: float, high: float, keep: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, log_scale: Tensor, low: float, high: float, keep: Any) -> Tensor:
         scale, kernels = log_scale.exp(), kernels_for(x)
-        if kernels is not None:
-            x = x if is_dense(x) else x.contiguous()
-            keep = None if keep is None else laid_out_as(keep, x)
-            y: Tensor = kernels.fake_quantize(x, scale, low, high, keep)
-        else:
-            # Integers relative to the zero point save the two passes that would add and subtract it.
-            y = (x / scale).round_().clamp_(low, high).mul_(scale)
-            if keep is not None:
-                y = torch.lerp(x, y, keep)  # exact for 0 and 1
-        ctx.save_for_backward(x, None if kernels else y, scale, keep)
         ctx.low, ctx.high, ctx.kernels = low, high, kernels
+        if kernels is not None:
+            x, ctx.keep = x if is_dense(x) else x.contiguous(), keep
+            ctx.save_for_backward(x, scale)
+            result: Tensor = kernels.fake_quantize(x, scale, low, high, keep)
+            return result
+        # Integers relative to the zero point save the two passes that would add and subtract it.
+        y = (x / scale).round_().clamp_(low, high).mul_(scale)
+        if keep is not None:
+            y = torch.lerp(x, y, keep)  # exact for 0 and 1
+        ctx.save_for_backward(x, y, scale, keep)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, scale, keep = ctx.saved_tensors
+        x = ctx.saved_tensors[0]
         # From a slice or padding: one copy, or each pass would be many times as long.
         grad = laid_out_as(grad, x)
         factor = (max(x.numel(), 1) * max(-ctx.low, ctx.high)) ** -0.5
         if ctx.kernels is not None:
-            grad_x, total = ctx.kernels.fake_quantize_backward(grad, x, scale, ctx.low, ctx.high, keep)
+            grad_x, total = ctx.kernels.fake_quantize_backward(grad, *ctx.saved_tensors, ctx.low, ctx.high, ctx.keep)
             return grad_x, total * factor if ctx.needs_input_grad[1] else None, None, None, None
+        _, y, scale, keep = ctx.saved_tensors
         position = x / scale
         if keep is not None:
             position.mul_(keep)  # 0 lies inside every grid: what was not quantized passes its gradient on

@@ -1,12 +1,14 @@
 """The elementwise work of a step as Triton kernels: one pass over a GPU's memory where torch's operations take five.
 
 Imported only where a tensor lies on a GPU, since Triton is part of torch's builds for CUDA on Linux alone. Tensors are
-dense, float32 and laid out alike; kernels walk over their memory and know no shape.
+dense and laid out alike; kernels walk over their memory and know no shape. All is computed in float32; activations may
+be bfloat16.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -28,23 +30,27 @@ def _rounded(position, low, high):
 
 
 @triton.jit
-def _quantize(
-    x_at,
-    scale_at,
-    keep_at,
-    y_at,
-    low,
-    high,
-    n,
-    KEEP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _drawn(seed_at, call, threshold, BLOCK: tl.constexpr):
+    """Which elements of this program's block are drawn: 16 random bits of each are below the threshold.
+
+    Philox (Salmon et al. 2011) is a function of its counter, so that every kernel finds the same ones: one call for
+    eight elements.
+    """
+    counter = (tl.program_id(0) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)).to(tl.uint32)
+    zero = counter * 0
+    a, b, c, d = tl.philox(tl.load(seed_at), counter, zero + call, zero, zero, 7)
+    words = tl.interleave(tl.interleave(a, b), tl.interleave(c, d))
+    return tl.interleave(words & 0xFFFF, words >> 16).to(tl.int32) < threshold
+
+
+@triton.jit
+def _quantize(x_at, scale_at, seed_at, y_at, call, threshold, low, high, n, KEEP: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     scale = tl.load(scale_at)
-    x = tl.load(x_at + i, mask=i < n)
+    x = tl.load(x_at + i, mask=i < n).to(tl.float32)
     y = _rounded(tl.div_rn(x, scale), low, high) * scale
     if KEEP:
-        y = tl.where(tl.load(keep_at + i, mask=i < n) == 0.0, x, y)
+        y = tl.where(_drawn(seed_at, call, threshold, BLOCK), y, x)
     tl.store(y_at + i, y, mask=i < n)
 
 
@@ -53,9 +59,11 @@ def _quantize_backward(
     x_at,
     grad_at,
     scale_at,
-    keep_at,
+    seed_at,
     grad_x_at,
     sums_at,
+    call,
+    threshold,
     low,
     high,
     n,
@@ -64,17 +72,24 @@ def _quantize_backward(
 ):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     scale = tl.load(scale_at)
-    x = tl.load(x_at + i, mask=i < n, other=0.0)
-    grad = tl.load(grad_at + i, mask=i < n, other=0.0)
+    x = tl.load(x_at + i, mask=i < n, other=0.0).to(tl.float32)
+    grad = tl.load(grad_at + i, mask=i < n, other=0.0).to(tl.float32)
     position = tl.div_rn(x, scale)
     clamped = (position <= low - 0.5) | (position >= high + 0.5)
     moved = _rounded(position, low, high) * scale - tl.where(clamped, 0.0, x)
     if KEEP:
-        kept = tl.load(keep_at + i, mask=i < n, other=0.0) == 0.0
-        clamped = clamped & (kept == 0)
-        moved = tl.where(kept, 0.0, moved)
+        quantized = _drawn(seed_at, call, threshold, BLOCK)
+        clamped = clamped & quantized
+        moved = tl.where(quantized, moved, 0.0)
     tl.store(grad_x_at + i, tl.where(clamped, 0.0, grad), mask=i < n)
     tl.store(sums_at + tl.program_id(0), tl.sum(grad * moved, axis=0))
+
+
+@triton.jit
+def _mix(drawn_at, other_at, seed_at, out_at, call, threshold, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    a, b = tl.load(drawn_at + i, mask=i < n), tl.load(other_at + i, mask=i < n)
+    tl.store(out_at + i, tl.where(_drawn(seed_at, call, threshold, BLOCK), a, b), mask=i < n)
 
 
 @triton.jit
@@ -89,7 +104,8 @@ def _error(
     BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    error = tl.load(student_at + i, mask=i < n, other=0.0) - tl.load(teacher_at + i, mask=i < n, other=0.0)
+    student = tl.load(student_at + i, mask=i < n, other=0.0).to(tl.float32)
+    error = student - tl.load(teacher_at + i, mask=i < n, other=0.0)
     weights = tl.load(weights_at + (i // inner) % channels)
     tl.store(sums_at + tl.program_id(0), tl.sum(weights * error * error, axis=0))
 
@@ -107,7 +123,7 @@ def _error_backward(
     BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    error = tl.load(student_at + i, mask=i < n) - tl.load(teacher_at + i, mask=i < n)
+    error = tl.load(student_at + i, mask=i < n).to(tl.float32) - tl.load(teacher_at + i, mask=i < n)
     weights = tl.load(weights_at + (i // inner) % channels)
     tl.store(grad_at + i, error * weights * tl.load(factor_at), mask=i < n)
 
@@ -190,34 +206,66 @@ def _undecided_backward(h_at, beta_at, grad_at, grad_h_at, n, BLOCK: tl.constexp
     tl.store(grad_h_at + i, grad, mask=i < n)
 
 
-def fake_quantize(x: Tensor, scale: Tensor, low: float, high: float, keep: Tensor | None) -> Tensor:
-    """`x` on the grid of `scale` (), or as it is where `keep` is 0; arguments as in `functional.fake_quantize`."""
+@dataclass(frozen=True)
+class Draw:
+    """A random choice of a tensor's elements, which kernels make where they need it.
+
+    Attributes:
+        seed: of the step, int64 () on the GPU. call: number of the choice within it.
+        probability: of an element's being drawn, in steps of 2^-16.
+    """
+
+    seed: Tensor
+    call: int
+    probability: float
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """What kernels are told beside the seed: the choice's number, and the threshold of 16 bits."""
+        return self.call, round(self.probability * 2**16)
+
+    def mask(self, x: Tensor) -> Tensor:
+        """1 for the drawn elements of `x`, else 0."""
+        return self.mix(torch.ones_like(x), torch.zeros_like(x))
+
+    def mix(self, drawn: Tensor, other: Tensor) -> Tensor:
+        """Elements of `drawn` where they are drawn, else of `other`; both laid out alike."""
+        out = torch.empty_like(drawn)
+        if out.numel():
+            with torch.cuda.device_of(out):
+                _mix[_grid(out)](drawn, other, self.seed, out, *self.key, out.numel(), _BLOCK)
+        return out
+
+
+def fake_quantize(x: Tensor, scale: Tensor, low: float, high: float, keep: Draw | None) -> Tensor:
+    """`x` on the grid of `scale` (), or as it is where it is not drawn; arguments as in `functional.fake_quantize`.
+
+    Computed in float32 and given in the type of `x`.
+    """
     y = torch.empty_like(x)
     if x.numel():
+        seed, key = (x, (0, 0)) if keep is None else (keep.seed, keep.key)
         with torch.cuda.device_of(x):
-            _quantize[_grid(x)](
-                x, scale, x if keep is None else keep, y, low, high, x.numel(), keep is not None, _BLOCK
-            )
+            _quantize[_grid(x)](x, scale, seed, y, *key, low, high, x.numel(), keep is not None, _BLOCK)
     return y
 
 
 def fake_quantize_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, low: float, high: float, keep: Tensor | None
+    grad: Tensor, x: Tensor, scale: Tensor, low: float, high: float, keep: Draw | None
 ) -> tuple[Tensor, Tensor]:
     """(gradient of `x`, sum of `grad` times the derivative of the output by the logarithm of the scale, ())."""
-    grad_x, sums = torch.empty_like(x), x.new_zeros(_grid(x))
+    grad_x, sums = torch.empty_like(x), scale.new_zeros(_grid(x))
     if x.numel():
+        seed, key = (x, (0, 0)) if keep is None else (keep.seed, keep.key)
         with torch.cuda.device_of(x):
-            other = x if keep is None else keep
-            _quantize_backward[_grid(x)](
-                x, grad, scale, other, grad_x, sums, low, high, x.numel(), keep is not None, _BLOCK
-            )
+            at = x, grad, scale, seed, grad_x, sums
+            _quantize_backward[_grid(x)](*at, *key, low, high, x.numel(), keep is not None, _BLOCK)
     return grad_x, sums.sum()
 
 
 def weighted_error(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
-    """sum(weights * (student - teacher)^2), (); student and teacher (B, C, ...), `weights` (C,)."""
-    sums = student.new_zeros(_grid(student))
+    """sum(weights * (student - teacher)^2), (), in float32; student and teacher (B, C, ...), `weights` (C,)."""
+    sums = teacher.new_zeros(_grid(student))
     if student.numel():
         with torch.cuda.device_of(student):
             _error[_grid(student)](

@@ -113,7 +113,8 @@ class LogQuantizer(ActQuantizer):
             if torch.is_grad_enabled():
                 y = y + (value - value.detach()) * inside
                 keep = self.drop.keep(value) if self.drop is not None else None
-                y = y if keep is None else torch.lerp(value, y, keep)
+                if keep is not None:
+                    y = torch.lerp(value, y, keep if isinstance(keep, Tensor) else keep.mask(value))
         return F.saturated(y, x.dtype)
 
 

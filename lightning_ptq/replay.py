@@ -2,9 +2,9 @@
 
 A step of a unit is some two hundred short operations, and Python takes several times as long to launch them as the GPU
 to run them. A recording holds forward pass, backward pass and the optimizer's step. What changes from step to step lies
-in tensors that it reads: the minibatch, rates, the regulariser's exponent; random numbers come from generators that it
-goes on with. What changes the operations themselves, such as the end of the warm-up, is the step's form: each form has
-a recording of its own.
+in tensors that it reads: the minibatch, rates, the regulariser's exponent, the seed of what is dropped; other random
+numbers come from a generator that it goes on with. What changes the operations themselves, such as the end of the
+warm-up, is the step's form: each form has a recording of its own.
 """
 
 from __future__ import annotations
@@ -70,18 +70,18 @@ class Replay:
         compute: Compute,
         optimizer: Adam,
         trained: Iterable[nn.Parameter],
-        generators: Iterable[torch.Generator | None],
+        generator: torch.Generator,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """One step: `compute`'s terms and loss; where it was played back, `optimizer.stepped` says so.
 
         Args:
             form: steps of equal form are the same operations on the same tensors.
             trained: parameters that get gradients.
-            generators: of all random numbers that `compute` draws, seeded for this step.
+            generator: of random numbers that `compute` draws, seeded for this step.
         """
         recording = self._recordings.get(form)
         if recording is None and self._possible and self._taken[form] >= WARM_UP:
-            recording = self._record(compute, optimizer, trained, generators)
+            recording = self._record(compute, optimizer, trained, generator)
             self._possible = recording is not None
             if recording is not None:
                 self._recordings[form] = recording
@@ -97,13 +97,12 @@ class Replay:
         compute: Compute,
         optimizer: Adam,
         trained: Iterable[nn.Parameter],
-        generators: Iterable[torch.Generator | None],
+        generator: torch.Generator,
     ) -> _Recording | None:
         """A step, recorded but not taken; None, with a warning, if it does what can't be recorded, such as waiting."""
-        trained, drawn = list(trained), [generator for generator in generators if generator is not None]
+        trained = list(trained)
         graph = torch.cuda.CUDAGraph()
-        for generator in drawn:
-            graph.register_generator_state(generator)
+        graph.register_generator_state(generator)
         pool = next((other.graph.pool() for other in self._recordings.values()), None)  # they never run at once
         _clear(trained)  # gradients have to lie in the recording's memory
         try:
@@ -120,8 +119,8 @@ class Replay:
                 stacklevel=2,
             )
             _clear(trained)
-            for generator in (*drawn, torch.cuda.default_generators[trained[0].device.index]):
-                _renew(generator)
+            for stuck in (generator, torch.cuda.default_generators[generator.device.index]):
+                _renew(stuck)
             return None
         return _Recording(graph, {name: term.detach() for name, term in terms.items()}, loss.detach())
 

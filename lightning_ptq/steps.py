@@ -14,7 +14,7 @@ from lightning_ptq.cache import Minibatch
 from lightning_ptq.checks import takes_plain_steps
 from lightning_ptq.drop import DropMask
 from lightning_ptq.evaluation import Evaluation
-from lightning_ptq.functional import in_float32
+from lightning_ptq.functional import in_float32, kernels_for
 from lightning_ptq.graph import Chain
 from lightning_ptq.graph.taps import recorded
 from lightning_ptq.loader import Minibatches
@@ -117,8 +117,9 @@ class Steps(QuickName, Evaluation):
 
         if self._records and objective.is_steady(step):
             form = unit, self._drop.active, beta is None, objective.present(step)
-            trained, generators = (*self._selection.trained, self.anchor), (self._drop.generator, self._generator)
-            terms, loss = self._replay.take(form, compute, optimizer, trained, generators)
+            assert self._generator is not None
+            trained = *self._selection.trained, self.anchor
+            terms, loss = self._replay.take(form, compute, optimizer, trained, self._generator)
         else:
             terms, loss = compute()
         self._tell(self.epoch_names[unit], step + 1, terms)
@@ -157,7 +158,7 @@ class Steps(QuickName, Evaluation):
         objective = self.network_objective if network else self.objective
         self._records = (
             self.cuda_graphs
-            and self.device.type == "cuda"
+            and kernels_for(self.anchor) is not None
             and takes_plain_steps(self.trainer)
             and not torch.is_anomaly_enabled()
             and objective.is_recordable
@@ -252,8 +253,7 @@ class Steps(QuickName, Evaluation):
     def _unit_input(self, batch: Minibatch) -> Tensor:
         if self.method.input == "fp":
             return batch.teacher_in
-        keep = self._drop.keep(batch.student_in) if self.method.input == "mix" else None
-        return batch.student_in if keep is None else torch.lerp(batch.teacher_in, batch.student_in, keep)
+        return self._drop.mix(batch.student_in, batch.teacher_in) if self.method.input == "mix" else batch.student_in
 
     def _teacher_inner(self, unit: int, batch: Minibatch) -> list[Tensor]:
         """What the teacher's unit computes where layers end inside it."""

@@ -21,8 +21,9 @@ def reconstruction_loss(student: Tensor, teacher: Tensor, importance: Tensor | N
     """
     if importance is None:
         return mse_loss(student.float(), teacher.float()) * student.shape[1]
-    student, teacher = student.float(), teacher.float()
+    teacher = teacher.float()
     kernels = kernels_for(student) if is_dense(student) and student.stride() == teacher.stride() else None
+    student = student if kernels is not None and student.dtype == torch.bfloat16 else student.float()
     result: Tensor = _WeightedError.apply(student, teacher, importance, kernels)
     return result
 
