@@ -125,10 +125,13 @@ def test_drop_masks_follow_the_seed() -> None:
     mask = DropMask(0.5)
     x = torch.empty(100_000, device="cuda")
     mask.seed(0, 1)
-    first = mask.keep(x)
+    first, second = (mask.keep(x).mask(x) for _ in range(2))
     mask.seed(0, 1)
-    assert torch.equal(mask.keep(x), first)
-    assert abs(float(first.mean()) - 0.5) < 0.01
+    assert torch.equal(mask.keep(x).mask(x), first)
+    mask.seed(0, 2)
+    for other in (second, mask.keep(x).mask(x)):
+        assert abs(float((first * other).mean()) - 0.25) < 0.01
+        assert abs(float(other.mean()) - 0.5) < 0.01
 
 
 def test_a_step_does_not_synchronise() -> None:
@@ -150,12 +153,14 @@ def test_a_step_does_not_synchronise() -> None:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_one_pass_equals_the_operations_on_the_cpu(dropped: bool, layout: torch.memory_format) -> None:
     x = (3.0 * torch.randn(3, 5, 40, 50)).to(memory_format=layout)
-    keep = (torch.rand_like(x) < 0.5).float() if dropped else None
-    results = []
+    drop, results = DropMask(0.5 if dropped else 0.0), []
     for device in ("cpu", "cuda"):
         z = x.to(device).detach().requires_grad_()
         log_scale = torch.tensor(-0.1, device=device, requires_grad=True)
-        y = fake_quantize(z, log_scale, -2.0, 5.0, None if keep is None else keep.to(device))
+        drop.seed(0, 1)
+        draw = drop.keep(x.cuda())
+        keep = draw if device == "cuda" or draw is None else draw.mask(x.cuda()).cpu()
+        y = fake_quantize(z, log_scale, -2.0, 5.0, keep)
         (y * y.detach().cos()).sum().backward()
         results.append([t.detach().cpu() for t in (y, z.grad, log_scale.grad)])
     for ours, theirs in zip(*results, strict=True):
@@ -232,7 +237,7 @@ class Peeking(nn.Module):
     """Waits for the GPU in the middle of its forward pass."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * 2.0 if float(x.sum()) > 1e9 else x
+        return x * 2.0 if float(x.detach().sum()) > 1e9 else x
 
 
 def test_what_cannot_be_recorded_is_calibrated_all_the_same(tmp_path: Path) -> None:
