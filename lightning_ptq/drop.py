@@ -39,6 +39,10 @@ class DropMask:
         if self._seed_there is not None:
             self._seed_there.fill_(step)
 
+    def rewind(self) -> None:
+        """Draw for the step in progress from its start."""
+        self._calls = 0
+
     def forget(self) -> None:
         """Drop the pools; they are drawn again when they are needed."""
         self._pools.clear()

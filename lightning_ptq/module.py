@@ -27,10 +27,8 @@ from lightning_ptq.checks import (
     check_device,
     check_network_steps,
     check_settings,
-    check_steps_per_batch,
     check_trainer,
     run_folder,
-    takes_plain_steps,
 )
 from lightning_ptq.config import Granularity, QuantConfig, check_option
 from lightning_ptq.drop import DropMask
@@ -64,9 +62,6 @@ from lightning_ptq.settling import share_taken
 from lightning_ptq.store import CacheType
 from lightning_ptq.surroundings import Surroundings, likely_part, without_classes
 from lightning_ptq.ties import steer_clear
-
-# Optimisation steps of a batch, at most, where a GPU has recorded them.
-_STEPS_PER_BATCH = 20
 
 
 class PTQModule(Resuming):
@@ -312,7 +307,7 @@ class PTQModule(Resuming):
         check_trainer(self.trainer)
         without_profiler(self.trainer)
         check_device(self.trainer.strategy.root_device)
-        self._set_steps_per_batch()
+        self.set_steps_per_batch()
         shape = self.trainer.datamodule.image_shape  # type: ignore[attr-defined]
         if shape is not None and self.surroundings is None:
             unit_shapes(self.teacher, tuple(shape))  # images that the network can't take are refused here
@@ -399,21 +394,6 @@ class PTQModule(Resuming):
         self.leave_units()
 
     # ---- units ----
-
-    def steps_of(self, unit: int) -> int:
-        """Optimisation steps of `unit`, or of the whole network if that is len(student)."""
-        return self.network_steps if unit == len(self.student) else self.steps_per_unit
-
-    def batches_of(self, unit: int) -> int:
-        """Lightning's batches of an epoch."""
-        return -(-self.steps_of(unit) // self.steps_per_batch)
-
-    def _set_steps_per_batch(self) -> None:
-        if self._asked_per_batch is None:
-            recorded = self.cuda_graphs and self.trainer.strategy.root_device.type == "cuda"
-            most = _STEPS_PER_BATCH if recorded and takes_plain_steps(self.trainer) else 1
-            self.steps_per_batch = max(1, min(self.steps_per_unit // 100, most))
-        check_steps_per_batch(self.trainer, self.steps_per_batch)
 
     def enter_unit(self, unit: int, first_step: int = 0) -> None:
         """Make `unit` the one that is calibrated, from `first_step` on: caches advanced to it, only it is trained.

@@ -13,8 +13,8 @@ from lightning_ptq.checkpoint import checked_checkpoint
 from lightning_ptq.config import QuantConfig
 from lightning_ptq.fingerprint import VERSION, check_architecture, check_same, check_version, refuse
 from lightning_ptq.losses import ContrastiveConfig
-from lightning_ptq.steps import Steps
 from lightning_ptq.store import CacheType
+from lightning_ptq.taking import Taking
 
 # State that is the user's model, not the calibration's: in no checkpoint.
 FROZEN = ("teacher.", "surroundings.")
@@ -24,7 +24,7 @@ _ADDED = {"settle": 0.0, "cache_dtype": "float32", "steps_per_batch": 1}
 _BY_METHOD = ("granularity", "rounding")
 
 
-class Resuming(Steps):
+class Resuming(Taking):
     """The part of a `PTQModule` that writes checkpoints and refuses those of other runs."""
 
     quant: QuantConfig
@@ -35,8 +35,6 @@ class Resuming(Steps):
     model_digest: str
     allow_drift: bool
     batch_size: int
-    steps_per_unit: int
-    network_steps: int
     network_features: float
     rounding_weight: float | None
     cache_dtype: CacheType

@@ -166,6 +166,7 @@ def confusions(trainer: L.Trainer, module: PTQModule) -> dict[str, Any]:
 def summarize(module: PTQModule, trainer: L.Trainer, metrics: dict[str, float]) -> dict[str, Any]:
     """The content of `summary.json`; `metrics` are the rates of the last validation."""
     samples = trainer.datamodule.calibration_samples  # type: ignore[attr-defined]
+    device = trainer.strategy.root_device  # the module has left it by then
     return {
         "model": module.model_name,
         "part": None if module.surroundings is None else module.surroundings.part,
@@ -203,9 +204,9 @@ def summarize(module: PTQModule, trainer: L.Trainer, metrics: dict[str, float]) 
         "quant": module.quant.to_dict(),
         "trainer": {key: getattr(trainer, key) for key in _TRAINER},
         "digests": {"model": module.model_digest, "images": module.session.image_digest},
-        "environment": environment(module.device),
+        "environment": environment(device),
         "peak_rss_bytes": peak_rss_bytes(),
-        "peak_device_bytes": torch.cuda.max_memory_allocated(module.device) if module.device.type == "cuda" else 0,
+        "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
         # JSON has no infinity: an SQNR without noise, or of a constant output, is null.
         "units": [
             {key: finite(value) for key, value in unit.items()}
