@@ -28,7 +28,7 @@ def test_every_cache_is_what_the_chain_gives(channels_last: bool) -> None:
             torch.testing.assert_close(cache.teacher_out, module.teacher(images, stop=unit + 1))
             torch.testing.assert_close(cache.features, module.teacher(images))
             rows = torch.tensor([3, 69, 0])
-            batch = cache.minibatch(rows)
+            batch = cache.minibatch((rows, rows))
             assert torch.equal(batch.student_in, cache.student_in[rows])
             assert torch.equal(batch.teacher_out, cache.teacher_out[rows])
             for x in (cache.student_in, cache.teacher_in, batch.student_in, batch.teacher_in):

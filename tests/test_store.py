@@ -14,6 +14,7 @@ import torch
 
 from lightning_ptq import PTQError, store
 from lightning_ptq.allocator import give_back_freed_memory, keep_freed_memory
+from lightning_ptq.cache import gathered
 from lightning_ptq.store import Store, Tier, chunks, is_channels_last, readable, release, run_chunked, take
 
 CPU = torch.device("cpu")
@@ -143,3 +144,21 @@ def test_sizes_are_told_in_a_unit_that_suits() -> None:
     assert [readable(n) for n in (0, 1, 1023, 1024, 1536, 2**20 * 5, 7 * 2**30 // 2, 2**50)] == [
         *("0 B", "1 B", "1023 B", "1.0 KiB", "1.5 KiB", "5.0 MiB", "3.5 GiB", "1024.0 TiB")
     ]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_rows_come_into_the_memory_of_earlier_ones(
+    tmp_path: Path, layout: torch.memory_format, dtype: torch.dtype, tier: Tier
+) -> None:
+    images = torch.randn(12, 3, 4, 5).to(dtype).contiguous(memory_format=layout)
+    tensors = [Store(CPU, tier, tmp_path).put(images), torch.randn(12, 7)]
+    first, second = torch.tensor([3, 0, 11]), torch.tensor([5, 5, 2])
+    earlier = gathered(tensors, (first, first), CPU)
+    places = [x.data_ptr() for x in earlier]
+    again = gathered(tensors, (second, second), CPU, earlier)
+    assert [x.data_ptr() for x in again] == places
+    for found, x in zip(again, (*tensors, torch.arange(12)), strict=True):
+        assert torch.equal(found, x[second].float() if x.is_floating_point() else x[second])
+    assert is_channels_last(again[0]) == (layout == torch.channels_last)
