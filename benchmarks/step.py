@@ -105,9 +105,9 @@ class Measure(L.Callback):
         cache, optimizer = module.session.opened, module.trainer.optimizers[0]
         order = Order(cache.drawn, module.batch_size, module.seed, 0, 0, device=module.device)
         for step in range(first + 1, first + 1 + count):  # not at a logging step
-            self.batch = cache.minibatch(order.rows(step), into=self.batch)
+            batch = cache.minibatch(order.rows(step), into=self.batch)
             with module.trainer.precision_plugin.train_step_context():
-                loss = module._step(self.batch, step % 50 or 1)
+                loss = module._step(batch, step % 50 or 1)
             module.optimizer_zero_grad(0, step, optimizer)
             module.backward(loss)
             optimizer.step()

@@ -168,7 +168,7 @@ class Order:
         self._pass = -1
         self._here = self._there = torch.empty(0, dtype=torch.long)
 
-    def rows(self, step: int) -> tuple[Tensor, Tensor]:
+    def rows(self, step: int) -> Rows:
         """The rows of `step`, (size,), in host memory and on the device, to which they go once for each pass."""
         number, place = divmod(step, self.total // self.size)
         if number != self._pass:

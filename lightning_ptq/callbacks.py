@@ -21,7 +21,7 @@ from lightning_ptq.summary import RunSummary
 if TYPE_CHECKING:
     from lightning_ptq.module import PTQModule
 
-# Batches after which a unit is long enough to be worth checkpoints in its middle.
+# Batches, of one step as a rule, after which a unit is long enough to be worth checkpoints in its middle.
 _LONG_UNIT = 1000
 
 
@@ -118,7 +118,7 @@ def model_callbacks(trainer: L.Trainer, module: PTQModule) -> list[Callback]:
     defaults = [_is_default(callback) for callback in trainer.checkpoint_callbacks]
     if defaults and all(defaults) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         callbacks.append(UnitCheckpoint())
-        if max(map(module.batches_of, range(len(module.epoch_names)))) > _LONG_UNIT:
+        if max(module.steps_per_unit, module.network_steps) > _LONG_UNIT:
             callbacks.append(StepCheckpoint())
     return callbacks
 

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -27,6 +32,8 @@ _SHARDING: tuple[tuple[str, type[Strategy]], ...] = (
 _LEAST = {"steps_per_unit": 1, "network_steps": 0, "batch_size": 1, "steps_per_batch": 1}
 # What may be left to a rule.
 _OPTIONAL = ("network_steps", "rounding_lr", "scale_lr", "rounding_weight", "steps_per_batch")
+# Where callbacks see gradients before they are used.
+_GRADIENT_HOOKS = ("on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
 _PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 
@@ -84,23 +91,40 @@ def check_trainer(trainer: L.Trainer) -> None:
         )
 
 
-def takes_plain_steps(trainer: L.Trainer) -> bool:
-    """Whether each batch is a step of one process, and nothing acts on gradients before it."""
+def leaves_gradients_alone(trainer: L.Trainer) -> bool:
+    """Whether one process takes a step with each gradient, just as the backward pass gives it."""
     return (
         isinstance(trainer.strategy, SingleDeviceStrategy)
         and trainer.accumulate_grad_batches == 1
-        and not any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         and not trainer.gradient_clip_val
         and trainer.precision != "16-mixed"
+        and not any(map(_looks_at_gradients, trainer.callbacks))  # type: ignore[attr-defined]
+    )
+
+
+def _looks_at_gradients(callback: L.Callback) -> bool:
+    overrides = any(getattr(type(callback), hook) is not getattr(L.Callback, hook) for hook in _GRADIENT_HOOKS)
+    return overrides or isinstance(callback, GradientAccumulationScheduler)
+
+
+def counts_batches(trainer: L.Trainer) -> bool:
+    """Whether the Trainer was told to do something at, or after, a number of batches or steps."""
+    checkpoints = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    return (
+        trainer.max_steps >= 0
+        or trainer.limit_train_batches != 1.0
+        or trainer.overfit_batches != 0  # type: ignore[attr-defined]
+        or trainer.val_check_interval != 1.0
+        or any(c._every_n_train_steps for c in checkpoints if not type(c).__module__.startswith("lightning_ptq."))
     )
 
 
 def check_steps_per_batch(trainer: L.Trainer, steps: int) -> None:
     """Raise `PTQError` if a batch can't be several steps."""
-    if steps > 1 and not takes_plain_steps(trainer):
+    if steps > 1 and not leaves_gradients_alone(trainer):
         raise PTQError(
-            f"steps_per_batch={steps} needs one device, without accumulated or clipped gradients and without "
-            "precision='16-mixed'. Leave it out."
+            f"steps_per_batch={steps} needs one device, no accumulated or clipped gradients, no callback that looks at "
+            "them, and no precision='16-mixed'. Leave it out."
         )
 
 

@@ -57,7 +57,7 @@ class DropMask:
         return keep.mix(quantized, F.laid_out_as(other, quantized))  # type: ignore[no-any-return]
 
     def keep(self, x: Tensor) -> Any:
-        """What `fake_quantize` takes to quantize by chance: 1 in a mask of x's shape; None: it quantizes everything."""
+        """What `fake_quantize` takes of `x`. None: everything; a mask: where it is 1; a `Draw`, on a GPU: those."""
         if self.probability == 0.0 or not self.active:
             return None
         kernels = F.kernels_for(x)

@@ -6,6 +6,7 @@ A quantizer with `bits` maps a real x to the integer clamp(round(x / scale) + ze
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -112,7 +113,7 @@ def fake_quantize(
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Few passes over x in each direction, one on a GPU; saves x and y, which neighbouring ops keep alive anyway.
+    """Few passes over x in each direction, one on a GPU; saves x, and y on a CPU, which neighbours keep alive anyway.
 
     Written without boolean masks: on the CPU a `where` costs as much as twenty arithmetic passes.
     """
@@ -122,6 +123,7 @@ class _FakeQuantize(torch.autograd.Function):
         scale, kernels = log_scale.exp(), kernels_for(x)
         ctx.low, ctx.high, ctx.kernels = low, high, kernels
         if kernels is not None:
+            scale = scale.float()  # a network in float64 has such scales too
             x, ctx.keep = x if is_dense(x) else x.contiguous(), keep
             ctx.save_for_backward(x, scale)
             result: Tensor = kernels.fake_quantize(x, scale, low, high, keep)
@@ -166,7 +168,15 @@ def kernels_for(x: Tensor) -> Any:
 
 @cache
 def _kernels() -> Any:
-    return import_module("lightning_ptq.kernels") if find_spec("triton") else None
+    if not find_spec("triton"):
+        return None
+    kernels = import_module("lightning_ptq.kernels")
+    try:  # Triton compiles, and for that it needs a C compiler and a GPU that it knows
+        kernels.fake_quantize(torch.zeros(1, device="cuda"), torch.ones((), device="cuda"), 0.0, 1.0, None)
+    except Exception as error:
+        warnings.warn(f"Triton can't compile here, so that steps take longer: {error}", stacklevel=2)
+        return None
+    return kernels
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

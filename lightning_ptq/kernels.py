@@ -1,8 +1,8 @@
 """The elementwise work of a step as Triton kernels: one pass over a GPU's memory where torch's operations take five.
 
 Imported only where a tensor lies on a GPU, since Triton is part of torch's builds for CUDA on Linux alone. Tensors are
-dense and laid out alike; kernels walk over their memory and know no shape. All is computed in float32; activations may
-be bfloat16.
+dense and laid out alike, so that kernels walk over their memory and know little of shapes. All is computed in float32;
+activations may be bfloat16.
 """
 
 from __future__ import annotations
@@ -145,7 +145,9 @@ def _soft_round(
 ):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     sigmoid = tl.sigmoid(tl.load(alpha_at + i, mask=i < n, other=0.0))
-    h = tl.minimum(tl.maximum(sigmoid * SPAN + START, 0.0), 1.0)
+    h = sigmoid * SPAN + START
+    h = tl.where(h < 0.0, 0.0, h)  # as in `_rounded`
+    h = tl.where(h > 1.0, 1.0, h)
     gain = tl.exp(tl.load(log_gain_at + (i // inner) % channels))
     weight = (tl.load(low_at + i, mask=i < n) + tl.load(step_at + i, mask=i < n) * h) * gain
     tl.store(weight_at + i, weight, mask=i < n)

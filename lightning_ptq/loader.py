@@ -12,13 +12,10 @@ if TYPE_CHECKING:
 
 
 class Minibatches:
-    """The minibatches of some steps, one after another as they are asked for."""
+    """The minibatches of some steps, one after another as they are asked for: on a GPU in the same memory."""
 
     def __init__(self, steps: range, of: Callable[[int], Minibatch]) -> None:
         self.steps, self._of = steps, of
-
-    def __len__(self) -> int:
-        return len(self.steps)
 
     def __iter__(self) -> Iterator[Minibatch]:
         return map(self._of, self.steps)

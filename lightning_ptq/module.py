@@ -106,10 +106,12 @@ class PTQModule(Resuming):
             names what differs.
         report: draw `report.html` when a fit ends. Without, `lightning-ptq report RUN` draws it at any time.
         cuda_graphs: on one GPU, record steps once and play them back (see `replay.py`): faster, and the same numbers.
-            Not with accumulated or clipped gradients, float16, `augment` in the last epoch, or terms that do not allow
-            it.
+            Not with accumulated or clipped gradients, callbacks that look at gradients, float16, `augment` in the last
+            epoch, or terms that do not allow it.
         steps_per_batch: optimisation steps of what Lightning takes for one batch and one step, since its loop is dear
-            where a GPU has recorded the steps. None takes 1, or there a hundredth of `steps_per_unit`, at most 20.
+            where a GPU has recorded the steps. None takes 1, or there a hundredth of `steps_per_unit`, at most 20,
+            unless the Trainer counts batches (`max_steps`, `limit_train_batches`, `val_check_interval`); where a run is
+            resumed, what its checkpoint has.
         seed: seed of every random draw; None takes that of `lightning.seed_everything`, or else 0.
 
     Raises:
@@ -400,6 +402,7 @@ class PTQModule(Resuming):
 
         Unit len(student) is the whole network.
         """
+        self.forget_recordings()
         rank, size = self.global_rank, self.trainer.world_size
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         images = Images(
@@ -476,7 +479,7 @@ class PTQModule(Resuming):
     def leave_units(self) -> None:
         """Train no unit any more and drop the caches."""
         self.session.close()
-        self._replay.forget()
+        self.forget_recordings()
         self.objective.forget()
         self.network_objective.forget()
         self._select(None)
@@ -490,6 +493,7 @@ class PTQModule(Resuming):
 
     def _finish(self, unit: int) -> None:
         """Judge `unit` if it was not yet, and log what its report says."""
+        self.forget_recordings()
         report = self.session.finish(unit)
         if report is None:
             return

@@ -132,7 +132,8 @@ class _Units(ProgressBar):
         if not step:
             return {}
         module: PTQModule = trainer.lightning_module  # type: ignore[assignment]
-        images = module.batch_size * module.steps_per_batch * trainer.world_size / step
+        steps = module.steps_taken() / int(trainer.num_training_batches)  # of a batch; the last may have fewer
+        images = module.batch_size * steps * trainer.world_size / step
         left = round(self._pace.left(*steps_left(trainer, begins)))
         return {"images/s": f"{images:.0f}"} | ({"left": str(timedelta(seconds=left))} if left else {})
 

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch.trainer.states import TrainerStatus
 
 from lightning_ptq.checkpoint import checked_checkpoint
+from lightning_ptq.checks import check_steps_per_batch
 from lightning_ptq.config import QuantConfig
 from lightning_ptq.fingerprint import VERSION, check_architecture, check_same, check_version, refuse
 from lightning_ptq.losses import ContrastiveConfig
@@ -84,6 +85,9 @@ class Resuming(Taking):
             )
         fits = self._trainer is not None and self.trainer.state.fn == "fit"
         if fits:
+            if self._asked_per_batch is None:
+                self.steps_per_batch = saved["settings"].get("steps_per_batch", 1)
+                check_steps_per_batch(self.trainer, self.steps_per_batch)
             check_same(_ADDED | saved["settings"], self.settings(), "calibration setting", drift)
         else:  # weights of loss terms: they say nothing to who only uses the network, with whatever terms
             live = {key: value for key, value in self.state_dict().items() if key.endswith(".ratio_sums")}

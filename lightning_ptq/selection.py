@@ -31,7 +31,7 @@ class Selection:
 
 
 def image_quantizers(student: Chain) -> list[ActQuantizer]:
-    """Quantizers of what the network reads."""
+    """Quantizers of what the network reads as it comes; none where it changes images before its first layer."""
     first = student.units[0]
     if not isinstance(first, fx.GraphModule):
         return []
@@ -44,9 +44,9 @@ def select(
 ) -> Selection:
     """Train unit `unit` of `student`, the whole network if that is len(student), or nothing if None.
 
-    Weights never require gradients, and neither do scales of images whose grid is fine: there is next to nothing to
-    learn, and the first layer's gradient of its input is dear. Activation quantizers of the unit drop elements by
-    `drop`; weight quantizers hold what no step changes until the next selection.
+    Weights never require gradients, and neither do scales of what the network reads if its grid is fine: there is
+    next to nothing to learn, and the first layer's gradient of its input is dear. Activation quantizers of the unit
+    drop elements by `drop`; weight quantizers hold what no step changes until the next selection.
 
     Args:
         round_again: train the rounding of weights with the whole network too; straight through, since soft rounding

@@ -37,7 +37,7 @@ class Steps(Evaluation):
     _drop: DropMask
     _generator: torch.Generator | None = None  # of what terms draw at random
 
-    def _terms(
+    def _terms_of(
         self, unit: int, batch: Minibatch, step: int, progress: float, beta: float | Tensor | None
     ) -> dict[str, Tensor]:
         """The objective's terms at a step of `unit`, or of the whole network."""

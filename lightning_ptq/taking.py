@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ptq.cache import Minibatch
-from lightning_ptq.checks import check_steps_per_batch, takes_plain_steps
+from lightning_ptq.checks import check_steps_per_batch, counts_batches, leaves_gradients_alone
 from lightning_ptq.functional import in_float32, kernels_for
 from lightning_ptq.loader import Minibatches
+from lightning_ptq.losses.base import Objective
 from lightning_ptq.losses.rounding import annealed_beta
 from lightning_ptq.methods import cosine
 from lightning_ptq.optimizer import Adam
@@ -69,9 +70,9 @@ class Taking(QuickName, Steps):
             PTQError: the Trainer can't take several.
         """
         if self._asked_per_batch is None:
-            recorded = self.cuda_graphs and self.trainer.strategy.root_device.type == "cuda"
-            most = _STEPS_PER_BATCH if recorded and takes_plain_steps(self.trainer) else 1
-            self.steps_per_batch = max(1, min(self.steps_per_unit // 100, most))
+            recorded = self._can_record(self.objective) and self.trainer.strategy.root_device.type == "cuda"
+            several = recorded and not counts_batches(self.trainer)
+            self.steps_per_batch = max(1, min(self.steps_per_unit // 100, _STEPS_PER_BATCH if several else 1))
         check_steps_per_batch(self.trainer, self.steps_per_batch)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
@@ -111,7 +112,7 @@ class Taking(QuickName, Steps):
         beta = self._prepare(unit, step, progress)
 
         def compute() -> tuple[dict[str, Tensor], Tensor]:
-            terms = self._terms(unit, batch, step, progress, beta)
+            terms = self._terms_of(unit, batch, step, progress, beta)
             return terms, sum(terms.values(), 0.0 * self.anchor)
 
         if self._records and objective.is_steady(step):
@@ -144,21 +145,21 @@ class Taking(QuickName, Steps):
         return None if beta is None else self._numbers.put("beta", beta, self.device)
 
     def begin_recording(self, unit: int) -> None:
-        """Forget the recordings of another unit; decide whether steps of `unit` are recorded.
-
-        What Python draws is in no recording.
-        """
-        self._replay.forget()
+        """Decide whether steps of `unit` are recorded. What Python draws is in no recording."""
         network = unit == len(self.student)
         objective = self.network_objective if network else self.objective
-        self._records = (
-            self.cuda_graphs
-            and kernels_for(self.anchor) is not None
-            and takes_plain_steps(self.trainer)
-            and not torch.is_anomaly_enabled()
-            and objective.is_recordable
-            and not (network and self.augment)
-        )
+        there = kernels_for(self.anchor) is not None and not torch.is_anomaly_enabled()
+        self._records = there and self._can_record(objective) and not (network and self.augment)
+
+    def _can_record(self, objective: Objective) -> bool:
+        """Whether nothing but the device forbids it."""
+        return self.cuda_graphs and objective.is_recordable and leaves_gradients_alone(self.trainer)
+
+    def forget_recordings(self) -> None:
+        """Give back what recordings hold, the gradients of what is trained among it."""
+        self._replay.forget()
+        for parameter in (*self._selection.trained, self.anchor):
+            parameter.grad = None
 
     @property
     def _optimizer(self) -> Adam:

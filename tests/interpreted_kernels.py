@@ -98,6 +98,12 @@ def soft_rounding() -> None:
         torch.testing.assert_close(grad_gain.view(-1, 1, 1, 1).sum_to_size(gain.shape), gain.grad, rtol=1e-4, atol=1e-4)
 
 
+def soft_rounding_keeps_nan() -> None:
+    alpha = torch.tensor([[float("nan"), 1.0]])
+    weight, h = K.soft_round(alpha, torch.zeros(1, 2), torch.ones(1, 2), torch.zeros(1, 1), F.ZETA - F.GAMMA, F.GAMMA)
+    assert weight.isnan().tolist() == h.isnan().tolist() == [[True, False]]
+
+
 def what_is_undecided() -> None:
     roundings = [torch.rand(50, 100), torch.tensor([0.0, 0.5, 1.0])]
     for beta in (20.0, 2.0):
@@ -118,6 +124,7 @@ CHECKS: list[Callable[[], None]] = [
     mixing,
     weighted_error,
     soft_rounding,
+    soft_rounding_keeps_nan,
     what_is_undecided,
 ]
 

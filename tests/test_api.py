@@ -29,7 +29,7 @@ ELSEWHERE = {
 # What parts of the package tell one another, free to change.
 INTERNAL = {
     *("checked", "enter_unit", "input_shape", "judge_last_unit", "leave_units", "settings", "steps_of", "unit_loader"),
-    *("batches_of", "begin_recording", "set_steps_per_batch", "steps_taken"),
+    *("batches_of", "begin_recording", "forget_recordings", "set_steps_per_batch", "steps_taken"),
     *(
         "unread_images",
         "draw_seed",

@@ -18,6 +18,7 @@ NAMES = (
     "mixing",
     "weighted_error",
     "soft_rounding",
+    "soft_rounding_keeps_nan",
     "what_is_undecided",
 )
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, which torch for CUDA brings")
@@ -34,3 +35,7 @@ def done() -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_kernel_equals_the_operations(name: str, done: subprocess.CompletedProcess[str]) -> None:
     assert name in done.stdout.splitlines(), done.stderr
+
+
+def test_every_check_has_a_test(done: subprocess.CompletedProcess[str]) -> None:
+    assert tuple(done.stdout.splitlines()) == NAMES, done.stderr

@@ -147,8 +147,7 @@ class Objective(nn.Module):
         result: dict[str, Tensor] = {}
         reference: Tensor | None = None
         with in_float32(batch.student_out.device):
-            for i, (name, term) in enumerate(self.terms.items()):
-                assert isinstance(term, Term)
+            for i, (name, term) in enumerate(zip(self.terms, self._each, strict=True)):
                 if batch.step % term.every:
                     result[name] = batch.student_out.new_zeros(())
                     continue
@@ -163,29 +162,30 @@ class Objective(nn.Module):
     @property
     def is_recordable(self) -> bool:
         """Whether all terms are."""
-        return all(term.recordable for term in self._terms)
+        return all(term.recordable for term in self._each)
 
     def is_steady(self, step: int) -> bool:
         """Whether no weight of a term is measured at this step any more."""
-        return all(term.rho is None or step // term.every >= BALANCE_STEPS for term in self._terms)
+        return all(term.rho is None or step // term.every >= BALANCE_STEPS for term in self._each)
 
     def present(self, step: int) -> tuple[bool, ...]:
         """Which terms are computed at this step."""
-        return tuple(step % term.every == 0 for term in self._terms)
+        return tuple(step % term.every == 0 for term in self._each)
 
     @property
-    def _terms(self) -> Iterable[Term]:
+    def _each(self) -> Iterable[Term]:
         return self.terms.values()  # type: ignore[return-value]
 
     def forget(self) -> None:
         """Drop what terms keep for a unit."""
-        for term in self.terms.values():
-            assert isinstance(term, Term)
+        for term in self._each:
             term.forget()
 
     def _weight(self, i: int, term: Term, value: Tensor, reference: Tensor, batch: UnitBatch) -> Tensor:
         """lambda = rho * mean over the first steps of |d reference / d output| / |d value / d output|."""
         assert term.rho is not None
+        if not reference.requires_grad:  # a unit without anything to learn: there are no gradients to compare
+            return torch.zeros_like(value)
         step = batch.step // term.every
         if step < BALANCE_STEPS:
             ratio = _gradient_norm(reference, batch.student_out) / _gradient_norm(value, term.output(batch))

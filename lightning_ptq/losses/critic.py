@@ -42,14 +42,15 @@ def projected(x: Tensor) -> Tensor:
     elif x.dim() == 3:
         x = adaptive_avg_pool1d(x, min(GRID**2, x.shape[2]))
     x = x.flatten(1)
-    result: Tensor = x @ _projection(x.shape[1]).to(x.device)
+    result: Tensor = x @ _projection(x.shape[1], x.device)
     return result
 
 
 @lru_cache(maxsize=4)
-def _projection(size: int) -> Tensor:
+def _projection(size: int, device: torch.device) -> Tensor:
     """(size, PROJECTED): the same numbers in every process and every run."""
-    return torch.randn(size, PROJECTED, generator=torch.Generator().manual_seed(size)) / math.sqrt(PROJECTED)
+    numbers = torch.randn(size, PROJECTED, generator=torch.Generator().manual_seed(size)) / math.sqrt(PROJECTED)
+    return numbers.to(device)
 
 
 def directions(x: Tensor) -> Tensor:

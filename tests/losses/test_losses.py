@@ -133,3 +133,15 @@ def test_the_gradient_of_the_weighted_error_is_that_of_its_formula(layout: torch
         3.0 * reconstruction_loss(copy, teacher.to(memory_format=layout), importance), copy
     )
     torch.testing.assert_close(gradient, 6.0 * (student - teacher) * importance.view(-1, 1, 1) / 24)
+
+
+def test_a_unit_with_nothing_to_learn_needs_no_weights_of_terms() -> None:
+    class Other(Term):
+        rho = 1.0
+
+        def forward(self, batch: UnitBatch) -> torch.Tensor:
+            return batch.student_out.square().mean()
+
+    objective = Objective({"reconstruction": Reconstruction(), "other": Other()}, 1)
+    terms = objective(unit_batch(torch.randn(2, 3), torch.randn(2, 3)))
+    assert float(terms["other"]) == 0.0
