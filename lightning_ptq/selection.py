@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import nn
 
 from lightning_ptq.drop import DropMask
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.layers import quantized_layers
 from lightning_ptq.methods import Method
-from lightning_ptq.quantizers import ActQuantizer, act_quantizers, weight_quantizers
+from lightning_ptq.quantizers import act_quantizers, weight_quantizers
 from lightning_ptq.weights import AdaRound
-
-# Bits from which on the range of images is good enough as it is.
-_FINE = 8
 
 
 @dataclass(frozen=True)
@@ -30,23 +27,13 @@ class Selection:
     rounded: list[AdaRound]
 
 
-def image_quantizers(student: Chain) -> list[ActQuantizer]:
-    """Quantizers of what the network reads as it comes; none where it changes images before its first layer."""
-    first = student.units[0]
-    if not isinstance(first, fx.GraphModule):
-        return []
-    readers = {str(user.target) for node in first.graph.nodes if node.op == "placeholder" for user in node.users}
-    return [q for name, q in first.named_modules() if name in readers and isinstance(q, ActQuantizer)]
-
-
 def select(
     student: Chain, unit: int | None, method: Method, drop: DropMask, *, round_again: bool = False, fresh: bool = True
 ) -> Selection:
     """Train unit `unit` of `student`, the whole network if that is len(student), or nothing if None.
 
-    Weights never require gradients, and neither do scales of what the network reads if its grid is fine: there is
-    next to nothing to learn, and the first layer's gradient of its input is dear. Activation quantizers of the unit
-    drop elements by `drop`; weight quantizers hold what no step changes until the next selection.
+    Weights never require gradients. Activation quantizers of the unit drop elements by `drop`; weight quantizers hold
+    what no step changes until the next selection.
 
     Args:
         round_again: train the rounding of weights with the whole network too; straight through, since soft rounding
@@ -68,8 +55,7 @@ def select(
     adaround = [q for q in weights if isinstance(q, AdaRound)]
     trained = [parameter for q in weights for parameter in q.roundings] if round_again or not whole else []
     if method.scales != "none":
-        fixed = [q for q in image_quantizers(student) if q.bits >= _FINE]
-        trained += [q.log_scale for q in acts if q not in fixed]
+        trained += [q.log_scale for q in acts]
     if method.corrections and (whole or method.scales != "none"):
         trained += [parameter for q in weights for parameter in q.corrections]
     for parameter in trained:

@@ -220,8 +220,8 @@ def test_number_of_steps(changes: dict[str, Any], steps: int) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"val_check_interval": 3}, "val_check_interval=3 is more than the 2 steps of the whole-network epoch"),
-        ({"limit_train_batches": 0.25}, "limit_train_batches=0.25 leaves nothing of the 2 steps"),
+        ({"val_check_interval": 3}, "val_check_interval=3 is more than the 2 batches of the whole-network epoch"),
+        ({"limit_train_batches": 0.25}, "limit_train_batches=0.25 leaves nothing of the 2 batches"),
     ],
 )
 def test_a_trainer_that_it_does_not_fit_is_refused_before_any_work(
