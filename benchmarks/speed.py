@@ -37,6 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {},
     "tuned": {},
     "unrecorded": {"cuda_graphs": False},
+    "batched": {"steps_per_batch": 10},
     "contrastive": {"contrastive": True},
     "paper": {"corrections": False, "network_steps": 0, "drop_until": 1.0},
 }
