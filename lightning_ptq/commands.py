@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from lightning_ptq.building import build_network
-from lightning_ptq.calibration import RANGE_IMAGES
 from lightning_ptq.checkpoint import read_checkpoint
 from lightning_ptq.compare import compare, open_artifact
 from lightning_ptq.datamodule import CalibrationDataModule
@@ -114,7 +113,7 @@ class Trainer(L.Trainer):
             raise PTQError("sensitivity needs calibration images. Give the data section of the config.")
         folder, device = Path(self.default_root_dir), self.strategy.root_device
         _set_up(datamodule)
-        images = model.checked(datamodule.calibration_images())[:RANGE_IMAGES]
+        images = model.checked(datamodule.calibration_images())
         learned = model.method.rounding != "nearest"
         front = pareto_front(model.to(device).chains, images, model.quant, device, learned)
         print(front_text(front))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_ptq.allocation import Allocation, allocate
-from lightning_ptq.calibration import alone
+from lightning_ptq.calibration import RANGE_IMAGES, alone
 from lightning_ptq.config import Budget, QuantConfig
 from lightning_ptq.divergence import Divergences, divergences
 from lightning_ptq.equalize import equalize
@@ -46,7 +46,8 @@ def pareto_front(chains: ChainPair, images: Tensor, quant: QuantConfig, device: 
     """Measure what each tensor costs at each number of bits, and find the best mixtures; trains nothing.
 
     Args:
-        images: (N, C, H, W) to measure on. learned: the rounding will be learned.
+        images: (N, C, H, W) to measure on; what is only shown next to the cost is measured on as many as ranges are.
+        learned: the rounding will be learned.
 
     Raises:
         PTQError: the student has ranges already, or nothing is free to choose.
@@ -54,8 +55,9 @@ def pareto_front(chains: ChainPair, images: Tensor, quant: QuantConfig, device: 
     teacher, student = chains.teacher, chains.student
     if any(q.enabled for q in weight_quantizers(student)):
         raise PTQError("sensitivities are measured before calibration, and this network has ranges already.")
-    equalize(student, images, quant, device, alone)
-    found = sensitivities(teacher, student, images, quant, device)
+    some = images[:RANGE_IMAGES]
+    equalize(student, some, quant, device, alone)
+    found = sensitivities(teacher, student, some, quant, device)
     lost = divergences(teacher, student, images, quant, device, alone, learned)
     costs = layer_multiply_adds(student, tuple(images.shape[1:]))
     tried = {bits: _best(chains, lost, costs, bits, quant.budget) for bits in AVERAGES}

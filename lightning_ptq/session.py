@@ -303,7 +303,8 @@ class Session:
         if not all(q.enabled for q in weight_quantizers(self.student)):
             start = time.monotonic()
             equalize(self.student, images[:share], data.config, world.device, world.gather)
-            self._choose_bits(images[:share], data, world)
+            # By all images that steps draw: with fewer, chance has its say about which tensors get the bits.
+            self._choose_bits(images[: len(images) - held_out], data, world)
             shown = estimate_ranges(self.student, images[:share], data.config, world.device, world.gather)
             self.seen = seen_by(self.student, shown)
             self.wall_seconds["ranges"] += time.monotonic() - start
