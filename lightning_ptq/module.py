@@ -315,6 +315,9 @@ class PTQModule(Resuming):
             unit_shapes(self.teacher, tuple(shape))  # images that the network can't take are refused here
         # Both networks are frozen in eval mode on purpose.
         warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode", PossibleUserWarning)
+        # A forked process has to make PyTorch's pool of threads anew; where autograd's thread and this one both try, it
+        # aborts ("Invalid thread pool!"). Lightning does this only where OMP_NUM_THREADS is not set.
+        torch.set_num_threads(torch.get_num_threads())
         # The first product of a process may be one of a backward pass, whose thread finds its GPU then.
         warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA context")
         if self.trainer.strategy.root_device.type == "cpu":
