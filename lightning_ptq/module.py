@@ -23,13 +23,7 @@ from lightning_ptq.cache import UnitCache
 from lightning_ptq.calibration import UnitReport
 from lightning_ptq.callbacks import model_callbacks
 from lightning_ptq.checkpoint import arguments_of, read_checkpoint
-from lightning_ptq.checks import (
-    check_device,
-    check_network_steps,
-    check_settings,
-    check_trainer,
-    run_folder,
-)
+from lightning_ptq.checks import check_device, check_network_steps, check_settings, check_trainer, run_folder
 from lightning_ptq.config import Granularity, QuantConfig, check_option
 from lightning_ptq.drop import DropMask
 from lightning_ptq.errors import PTQError

@@ -104,7 +104,7 @@ class Replay:
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(generator)
         pool = next((other.graph.pool() for other in self._recordings.values()), None)  # they never run at once
-        _clear(trained)  # gradients have to lie in the recording's memory
+        clear_gradients(trained)  # gradients have to lie in the recording's memory
         try:
             # Other threads, that of a logger or of a loader, may go on.
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
@@ -118,7 +118,7 @@ class Replay:
                 "Set cuda_graphs=False to leave the attempt out.",
                 stacklevel=2,
             )
-            _clear(trained)
+            clear_gradients(trained)
             for stuck in (generator, torch.cuda.default_generators[generator.device.index]):
                 _renew(stuck)
             return None
@@ -131,6 +131,7 @@ def _renew(generator: torch.Generator) -> None:
     generator.graphsafe_set_state(fresh.graphsafe_get_state())
 
 
-def _clear(parameters: Iterable[nn.Parameter]) -> None:
+def clear_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Leave the parameters without gradients, so that the next backward pass gives them new ones."""
     for parameter in parameters:
         parameter.grad = None

@@ -17,7 +17,7 @@ from lightning_ptq.methods import cosine
 from lightning_ptq.optimizer import Adam
 from lightning_ptq.overhead import QuickName
 from lightning_ptq.record import note
-from lightning_ptq.replay import Numbers, Replay
+from lightning_ptq.replay import Numbers, Replay, clear_gradients
 from lightning_ptq.seeds import mixed_seed
 from lightning_ptq.steps import Steps
 
@@ -78,8 +78,7 @@ class Taking(QuickName, Steps):
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         """Clear the gradients of what is trained: nothing else has any, and walking all of it takes time."""
         if not self._optimizer.stepped:
-            for parameter in (*self._selection.trained, self.anchor):
-                parameter.grad = None
+            clear_gradients(self._trained)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Backward pass, unless the step was played back, this pass with it."""
@@ -118,8 +117,7 @@ class Taking(QuickName, Steps):
         if self._records and objective.is_steady(step):
             form = unit, self._drop.active, beta is None, objective.present(step)
             assert self._generator is not None
-            trained = *self._selection.trained, self.anchor
-            terms, loss = self._replay.take(form, compute, optimizer, trained, self._generator)
+            terms, loss = self._replay.take(form, compute, optimizer, self._trained, self._generator)
         else:
             terms, loss = compute()
         self._tell(self.epoch_names[unit], step + 1, terms)
@@ -158,8 +156,12 @@ class Taking(QuickName, Steps):
     def forget_recordings(self) -> None:
         """Give back what recordings hold, the gradients of what is trained among it."""
         self._replay.forget()
-        for parameter in (*self._selection.trained, self.anchor):
-            parameter.grad = None
+        clear_gradients(self._trained)
+
+    @property
+    def _trained(self) -> tuple[nn.Parameter, ...]:
+        """What gets gradients."""
+        return *self._selection.trained, self.anchor
 
     @property
     def _optimizer(self) -> Adam:
