@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_ptq import functional as F
+from lightning_ptq.kernels import kernels_for
 from lightning_ptq.seeds import mixed_seed
 
 # A mask is a window of a pool of random elements: the pool is so much longer, and masks start at multiples of a cache
@@ -27,7 +28,7 @@ class DropMask:
 
     def __init__(self, probability: float) -> None:
         self.probability, self.active = probability, True
-        self._pools: dict[tuple[int, torch.device], Tensor] = {}
+        self._pools: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
         self._seed_there: Tensor | None = None  # on a GPU, once something was drawn there
         self._pool_seed = self._seed = self._calls = 0
 
@@ -50,30 +51,27 @@ class DropMask:
     def mix(self, quantized: Tensor, other: Tensor) -> Tensor:
         """Elements of `quantized` where the quantized value is used, else of `other`; no gradients."""
         keep = self.keep(quantized)
-        if keep is None:
-            return quantized
-        if isinstance(keep, Tensor):
-            return torch.lerp(other, quantized, keep)
-        return keep.mix(quantized, F.laid_out_as(other, quantized))  # type: ignore[no-any-return]
+        return quantized if keep is None else F.mix(quantized, other, keep)
 
     def keep(self, x: Tensor) -> Any:
         """What `fake_quantize` takes of `x`. None: everything; a mask: where it is 1; a `Draw`, on a GPU: those."""
         if self.probability == 0.0 or not self.active:
             return None
-        kernels = F.kernels_for(x)
-        if kernels is not None:
+        kernels = kernels_for(x)
+        if kernels is not None and x.is_cuda:
             if self._seed_there is None or self._seed_there.device != x.device:
                 self._seed_there = torch.full((), self._seed, dtype=torch.int64, device=x.device)
             self._calls += 1
             return kernels.Draw(self._seed_there, self._calls, 1.0 - self.probability)
         n = x.numel()
-        if (n, x.device) not in self._pools:
+        dtype = torch.float32 if kernels is None else torch.uint8  # which kernels read in a quarter of the time
+        if (n, x.device, dtype) not in self._pools:
             generator = torch.Generator(x.device).manual_seed(self._pool_seed)
-            pool = torch.empty(n + _SPARE, device=x.device)
-            self._pools[n, x.device] = pool.bernoulli_(1.0 - self.probability, generator=generator)
+            pool = torch.empty(n + _SPARE, device=x.device).bernoulli_(1.0 - self.probability, generator=generator)
+            self._pools[n, x.device, dtype] = pool.to(dtype)
         self._calls += 1
         start = mixed_seed(self._seed, self._calls) % (_SPARE // _ALIGNMENT) * _ALIGNMENT
-        return _laid_out_as(self._pools[n, x.device][start : start + n], x)
+        return _laid_out_as(self._pools[n, x.device, dtype][start : start + n], x)
 
 
 def _laid_out_as(flat: Tensor, x: Tensor) -> Tensor:

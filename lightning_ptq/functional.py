@@ -6,16 +6,14 @@ A quantizer with `bits` maps a real x to the integer clamp(round(x / scale) + ze
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_ptq.kernels import kernels_for
 
 # Zeta and gamma of AdaRound's rectified sigmoid (Nagel et al. 2020, eq. 23).
 ZETA, GAMMA = 1.1, -0.1
@@ -100,7 +98,7 @@ def fake_quantize(
         log_scale: natural logarithm of the scale, shape ().
         low, high: the grid's ends relative to its zero point, qmin - zero_point and qmax - zero_point.
         keep: mask of x's shape holding 0 and 1; where 0 the element stays in full precision (QDrop, Wei et al. 2022).
-            On a GPU with Triton it is a `kernels.Draw` of the elements that are quantized.
+            On a GPU with Triton it is a `gpu_kernels.Draw` of the elements that are quantized.
 
     Returns:
         float32 tensor of x's shape, or bfloat16 where kernels take that. Gradients: to x straight through inside the
@@ -113,10 +111,8 @@ def fake_quantize(
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Few passes over x in each direction, one on a GPU; saves x, and y on a CPU, which neighbours keep alive anyway.
-
-    Written without boolean masks: on the CPU a `where` costs as much as twenty arithmetic passes.
-    """
+    """One pass over x in each direction by kernels, else a few, without boolean masks: on the CPU a `where` costs as
+    much as twenty arithmetic passes. Saves x; without kernels y too, which neighbours keep alive anyway."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, log_scale: Tensor, low: float, high: float, keep: Any) -> Tensor:
@@ -124,13 +120,15 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.low, ctx.high, ctx.kernels = low, high, kernels
         if kernels is not None:
             scale = scale.float()  # a network in float64 has such scales too
-            x, ctx.keep = x if is_dense(x) else x.contiguous(), keep
+            x = x if is_dense(x) else x.contiguous()
+            ctx.keep = keep = laid_out_as(keep, x).to(torch.uint8) if isinstance(keep, Tensor) else keep
             ctx.save_for_backward(x, scale)
             result: Tensor = kernels.fake_quantize(x, scale, low, high, keep)
             return result
         # Integers relative to the zero point save the two passes that would add and subtract it.
         y = (x / scale).round_().clamp_(low, high).mul_(scale)
         if keep is not None:
+            keep = keep.to(x.dtype)
             y = torch.lerp(x, y, keep)  # exact for 0 and 1
         ctx.save_for_backward(x, y, scale, keep)
         return y
@@ -142,8 +140,9 @@ class _FakeQuantize(torch.autograd.Function):
         grad = laid_out_as(grad, x)
         factor = (max(x.numel(), 1) * max(-ctx.low, ctx.high)) ** -0.5
         if ctx.kernels is not None:
-            grad_x, total = ctx.kernels.fake_quantize_backward(grad, *ctx.saved_tensors, ctx.low, ctx.high, ctx.keep)
-            return grad_x, total * factor if ctx.needs_input_grad[1] else None, None, None, None
+            at = grad, *ctx.saved_tensors, ctx.low, ctx.high, ctx.keep, factor
+            grad_x, total = ctx.kernels.fake_quantize_backward(*at)
+            return grad_x, total if ctx.needs_input_grad[1] else None, None, None, None
         _, y, scale, keep = ctx.saved_tensors
         position = x / scale
         if keep is not None:
@@ -156,27 +155,23 @@ class _FakeQuantize(torch.autograd.Function):
         return grad_x, grad_log_scale, None, None, None
 
 
+def mix(drawn: Tensor, other: Tensor, keep: Any) -> Tensor:
+    """Elements of `drawn` where `keep`, as in `fake_quantize`, takes them, else of `other`, a tensor like it.
+
+    Without gradients on a GPU, and where both are float32.
+    """
+    kernels = kernels_for(drawn) if drawn.dtype == other.dtype and is_dense(drawn) else None
+    if kernels is None:
+        return torch.lerp(other, drawn, keep.to(other.dtype))
+    other = laid_out_as(other, drawn)
+    if isinstance(keep, Tensor):
+        return kernels.mix(drawn, other, laid_out_as(keep, drawn).to(torch.uint8))  # type: ignore[no-any-return]
+    return keep.mix(drawn, other)  # type: ignore[no-any-return]
+
+
 def laid_out_as(y: Tensor, x: Tensor) -> Tensor:
     """`y`, copied if its memory is not laid out as that of `x`, which has its shape."""
     return y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
-
-
-def kernels_for(x: Tensor) -> Any:
-    """The module `kernels` if `x` lies on a GPU and Triton is there, else None."""
-    return _kernels() if x.is_cuda else None
-
-
-@cache
-def _kernels() -> Any:
-    if not find_spec("triton"):
-        return None
-    kernels = import_module("lightning_ptq.kernels")
-    try:  # Triton compiles, and for that it needs a C compiler and a GPU that it knows
-        kernels.fake_quantize(torch.zeros(1, device="cuda"), torch.ones((), device="cuda"), 0.0, 1.0, None)
-    except Exception as error:
-        warnings.warn(f"Triton can't compile here, so that steps take longer: {error}", stacklevel=2)
-        return None
-    return kernels
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -304,10 +299,10 @@ class _Undecided(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, beta: float | Tensor, *roundings: Tensor) -> Tensor:
         ctx.kernels = kernels = kernels_for(roundings[0]) if all(h.is_contiguous() for h in roundings) else None
+        ctx.beta = beta
         if kernels is not None:
-            ctx.beta = beta if isinstance(beta, Tensor) else roundings[0].new_tensor(beta)
             ctx.save_for_backward(*roundings)
-            total: Tensor = kernels.undecided(roundings, ctx.beta)
+            total: Tensor = kernels.undecided(roundings, beta)
             return total
         saved, sums = [], []
         for h in roundings:
@@ -317,7 +312,6 @@ class _Undecided(torch.autograd.Function):
             saved += [u, power]
             sums.append(h.numel() - dot(power, magnitude))
         ctx.save_for_backward(*saved)
-        ctx.beta = beta
         return sum(sums[1:], sums[0])
 
     @staticmethod

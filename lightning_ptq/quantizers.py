@@ -114,7 +114,7 @@ class LogQuantizer(ActQuantizer):
                 y = y + (value - value.detach()) * inside
                 keep = self.drop.keep(value) if self.drop is not None else None
                 if keep is not None:
-                    y = torch.lerp(value, y, keep if isinstance(keep, Tensor) else keep.mask(value))
+                    y = torch.lerp(value, y, keep.float() if isinstance(keep, Tensor) else keep.mask(value))
         return F.saturated(y, x.dtype)
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lightning_ptq.cache import Minibatch
 from lightning_ptq.checks import check_steps_per_batch, counts_batches, leaves_gradients_alone
-from lightning_ptq.functional import in_float32, kernels_for
+from lightning_ptq.functional import in_float32
+from lightning_ptq.kernels import kernels_for
 from lightning_ptq.loader import Minibatches
 from lightning_ptq.losses.base import Objective
 from lightning_ptq.losses.rounding import annealed_beta
@@ -146,7 +147,7 @@ class Taking(QuickName, Steps):
         """Decide whether steps of `unit` are recorded. What Python draws is in no recording."""
         network = unit == len(self.student)
         objective = self.network_objective if network else self.objective
-        there = kernels_for(self.anchor) is not None and not torch.is_anomaly_enabled()
+        there = self.anchor.is_cuda and kernels_for(self.anchor) is not None and not torch.is_anomaly_enabled()
         self._records = there and self._can_record(objective) and not (network and self.augment)
 
     def _can_record(self, objective: Objective) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_ptq import PTQModule
+from lightning_ptq import PTQModule, kernels
 
 torch.set_num_threads(1)  # the tests' tensors are small: more threads only wait for one another
 
@@ -28,6 +28,17 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
+
+
+@pytest.fixture(scope="module", params=["kernels", "operations"])
+def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests that use it run with the compiled kernels and with torch's operations in their place."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "operations":
+            patch.setattr(kernels, "cpu_kernels", lambda: None)
+        elif kernels.cpu_kernels() is None:
+            pytest.skip("needs a C compiler with OpenMP")
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_ptq import functional as F
-from lightning_ptq import kernels as K
+from lightning_ptq import gpu_kernels as K
 
 LOW, HIGH, LOG_SCALE = -2.0, 5.0, torch.tensor(-0.1)
 SHAPES = [(3, 5, 7, 2), (3, 5, 40, 50), (5,)]  # less than a block, several of them, less than eight
@@ -49,9 +49,10 @@ def gradients_of_fake_quantization() -> None:
         z, log_scale = x.clone().requires_grad_(), LOG_SCALE.clone().requires_grad_()
         grad = torch.randn_like(x)
         F.fake_quantize(z, log_scale, LOW, HIGH, None if choice is None else choice.mask(x)).backward(grad)
-        found, total = K.fake_quantize_backward(grad, x, LOG_SCALE.exp(), LOW, HIGH, choice)
+        factor = (x.numel() * HIGH) ** -0.5
+        found, total = K.fake_quantize_backward(grad, x, LOG_SCALE.exp(), LOW, HIGH, choice, factor)
         torch.testing.assert_close(found, z.grad, rtol=0, atol=0)
-        torch.testing.assert_close(total * (x.numel() * HIGH) ** -0.5, log_scale.grad, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(total, log_scale.grad, rtol=1e-5, atol=1e-6)
 
 
 def draws_are_a_function_of_seed_and_call() -> None:
@@ -76,9 +77,9 @@ def weighted_error() -> None:
     expected = weights.view(-1, 1, 1) * (student - teacher)
     for layout in (torch.contiguous_format, torch.channels_last):
         a, b = (x.contiguous(memory_format=layout) for x in (student, teacher))
-        torch.testing.assert_close(K.weighted_error(a, b, weights), (expected * (student - teacher)).sum())
-        found = K.weighted_error_backward(a, b, weights, torch.tensor(2.0))
-        torch.testing.assert_close(found, 2.0 * expected)
+        torch.testing.assert_close(K.weighted_error(a, b, weights, 3.0), 3.0 * (expected * (student - teacher)).sum())
+        found = K.weighted_error_backward(a, b, weights, torch.tensor(2.0), 3.0)
+        torch.testing.assert_close(found, 6.0 * expected)
 
 
 def soft_rounding() -> None:

@@ -1,7 +1,5 @@
 """Numerics against brute force over the integer grid and autograd's own derivatives."""
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +8,8 @@ from torch import Tensor
 
 from lightning_ptq import functional as F
 from tests.strategies import MAGNITUDES, rows
+
+pytestmark = pytest.mark.usefixtures("both_ways")
 
 
 def brute_force(x: float, scale: float, zero_point: int, qmin: int, qmax: int) -> float:
@@ -231,13 +231,3 @@ def test_an_empty_tensor_passes_in_both_directions() -> None:
     x, log_scale = torch.empty(0, 3, requires_grad=True), torch.tensor(0.0, requires_grad=True)
     F.fake_quantize(x, log_scale, -2.0, 1.0).sum().backward()
     assert float(log_scale.grad) == 0.0
-
-
-@pytest.mark.skipif(find_spec("triton") is None or torch.cuda.is_available(), reason="needs Triton, and no GPU")
-def test_where_triton_can_compile_nothing_plain_operations_are_left() -> None:
-    F._kernels.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match="Triton can't compile here"):
-            assert F._kernels() is None
-    finally:
-        F._kernels.cache_clear()

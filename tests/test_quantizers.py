@@ -9,6 +9,8 @@ from lightning_ptq.quantizers import ActQuantizer, LogQuantizer, float_mode, ini
 from lightning_ptq.ranges import Histogram, weight_qparams
 from lightning_ptq.weights import ROUNDINGS, AdaRound, WeightQuantizer
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 
 def ready_act(bits: int = 4, scale: float = 0.3, zero: float = 2.0) -> ActQuantizer:
     q = ActQuantizer(bits)
@@ -136,7 +138,7 @@ def test_drop_probability(probability: float) -> None:
         assert keep is None
     else:
         # Five standard deviations of a binomial.
-        assert abs(float(keep.mean()) - (1 - probability)) < 5 * 0.5 / 100_000**0.5
+        assert abs(float(keep.float().mean()) - (1 - probability)) < 5 * 0.5 / 100_000**0.5
 
 
 @pytest.mark.parametrize("probability", [0.25, 0.5])
@@ -179,7 +181,7 @@ def test_no_element_shares_its_draws_with_another_or_another_step() -> None:
     for step in range(300):
         mask.seed(0, step)
         rows += [mask.keep(torch.empty(64)) for _ in range(2)]
-    draws = torch.stack(rows)  # (600, 64)
+    draws = torch.stack(rows).float()  # (600, 64)
     assert ((draws.mean(0) - 0.5).abs() < 5 * 0.5 / 600**0.5).all()
     assert ((draws.mean(1) - 0.5).abs() < 5 * 0.5 / 64**0.5).all()
     correlation = torch.corrcoef(draws.T) - torch.eye(64)

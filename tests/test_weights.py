@@ -10,6 +10,8 @@ from lightning_ptq.quantizers import initial_ranges
 from lightning_ptq.ranges import weight_qparams
 from lightning_ptq.weights import ROUNDINGS, AdaRound, FlexRound, WeightQuantizer
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 
 def ready(rounding: str, bits: int = 3) -> tuple[Any, Tensor]:
     weight = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(0))

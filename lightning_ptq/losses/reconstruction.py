@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from lightning_ptq.functional import binade, dot, is_dense, kernels_for
+from lightning_ptq.functional import binade, dot, is_dense
+from lightning_ptq.kernels import kernels_for
 from lightning_ptq.losses.base import Term, UnitBatch, channels_first
 
 
@@ -42,11 +43,11 @@ class _WeightedError(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, weights: Tensor, kernels: Any) -> Tensor:
-        ctx.count, ctx.kernels = student.numel() // student.shape[1], kernels
+        ctx.count, ctx.kernels = max(student.numel() // student.shape[1], 1), kernels
         if kernels is not None:
             ctx.save_for_backward(student, teacher, weights)
-            total: Tensor = kernels.weighted_error(student, teacher, weights)
-            return total.div_(ctx.count)
+            total: Tensor = kernels.weighted_error(student, teacher, weights, 1.0 / ctx.count)
+            return total
         error = student - teacher
         weighted = error * weights.view(-1, *[1] * (student.dim() - 2))
         ctx.save_for_backward(weighted)
@@ -54,11 +55,11 @@ class _WeightedError(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        factor = grad * (2.0 / ctx.count)
+        factor = 2.0 / ctx.count
         if ctx.kernels is not None:
-            return ctx.kernels.weighted_error_backward(*ctx.saved_tensors, factor), None, None, None
+            return ctx.kernels.weighted_error_backward(*ctx.saved_tensors, grad, factor), None, None, None
         (weighted,) = ctx.saved_tensors
-        return weighted * factor, None, None, None
+        return weighted * (grad * factor), None, None, None
 
 
 class Reconstruction(Term):

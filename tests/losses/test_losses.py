@@ -8,6 +8,8 @@ from lightning_ptq.losses.base import BALANCE_STEPS, _gradient_norm
 from lightning_ptq.losses.rounding import SHARE, RoundingRegularizer, annealed_beta
 from tests.losses.helpers import unit_batch
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 torch.manual_seed(0)
 
 
