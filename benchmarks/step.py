@@ -2,14 +2,14 @@
 
 In every unit blocks of steps taken by Lightning's loop alternate with blocks of the same steps taken by a bare one
 (fetch, `training_step`, backward, optimizer); medians of both. What the bare step consists of comes from torch's
-profiler, which sees operations, and whatever time remains is Python's. The limit is the unit's arithmetic, forward and
+profiler, which sees operations, and whatever time remains is Python's: shares are those of the operations taken one by
+one, not played back. The limit is the unit's arithmetic, forward and
 backward, at the rate that this machine multiplies large matrices with.
 
 Columns: ms of a step; what Lightning adds to it in percent of it; then shares of the bare step in percent: layers
 (convolutions and matrix products), fake-quantization, rounding with its regulariser, loss, optimizer, fetching the
 minibatch, other operations (activations, additions, mixing), Python; and the step's time over its limit. On a GPU
-`python` is the time in which it does nothing; the step is a recorded one, and shares are those of its operations taken
-one by one.
+`python` is the time in which it does nothing.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Measure(L.Callback):
         self.looped: list[float] = []
         self.bare: list[float] = []
         self.rows: list[dict[str, Any]] = []
-        self.batch: Minibatch | None = None  # in whose memory minibatches come, as a GPU's do
+        self.batch: Minibatch | None = None  # in whose memory minibatches come, where steps are recorded
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, step: int) -> None:
         """Time the block of steps that ends here, and take one."""
@@ -85,7 +85,7 @@ class Measure(L.Callback):
         step *= module.steps_per_batch
         if step < WARM_UP or step % BLOCK:
             return
-        if module.device.type == "cuda":
+        if module.reuses_memory:
             self.batch = next(iter(batch)) if isinstance(batch, Minibatches) else batch
         _wait(module.device)
         if step > WARM_UP:

@@ -133,8 +133,9 @@ def soft_round_backward(
     return grad_alpha, grad_gain
 
 
-def undecided(roundings: Sequence[Tensor], beta: float) -> Tensor:
+def undecided(roundings: Sequence[Tensor], beta: float | Tensor) -> Tensor:
     """sum(1 - |2 h - 1| ** beta) over all elements of contiguous tensors, ()."""
+    beta = float(beta)
     parts, total = _sums(roundings[0], max(h.numel() for h in roundings))
     total.zero_()
     for h in roundings:
@@ -142,10 +143,10 @@ def undecided(roundings: Sequence[Tensor], beta: float) -> Tensor:
     return total
 
 
-def undecided_backward(h: Tensor, beta: float, grad: Tensor) -> Tensor:
+def undecided_backward(h: Tensor, beta: float | Tensor, grad: Tensor) -> Tensor:
     """Gradient of `h` where that of `undecided` is `grad` ()."""
     out, n = torch.empty_like(h), h.numel()
-    _library.undecided_backward(h.data_ptr(), grad.data_ptr(), out.data_ptr(), n, beta, _threads(n))
+    _library.undecided_backward(h.data_ptr(), grad.data_ptr(), out.data_ptr(), n, float(beta), _threads(n))
     return out
 
 

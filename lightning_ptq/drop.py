@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_ptq import functional as F
 from lightning_ptq.kernels import kernels_for
 from lightning_ptq.seeds import mixed_seed
+from lightning_ptq.tape import Tape
 
 # A mask is a window of a pool of random elements: the pool is so much longer, and masks start at multiples of a cache
 # line's elements.
@@ -20,15 +21,16 @@ class DropMask:
     """QDrop's random choice between quantized and float elements (Wei et al. 2022, section 4.2).
 
     Random numbers are drawn once for each size of tensor, into a pool somewhat longer than it; a mask is a window of
-    the pool whose place is drawn anew each time, so that a step costs no random numbers and no pass over the mask. On a
-    GPU with Triton there are no masks: a kernel draws an element's number when it comes to it, from a seed in the GPU's
-    memory, so that a step that is played back (`replay.py`) draws others each time. All is a pure function of the seeds
-    and the order of calls since `seed`.
+    the pool, so that a step costs no random numbers and no pass over the mask. The windows of a step are moved for the
+    next one, where a step that is played back (`replay.py`) finds them. On a GPU with Triton there are no masks: a
+    kernel draws an element's number when it comes to it, from a seed in the GPU's memory. All is a pure function of
+    the seeds and the order of calls since `seed`; a mask is good until the next `seed`.
     """
 
     def __init__(self, probability: float) -> None:
         self.probability, self.active = probability, True
         self._pools: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+        self._windows: dict[int, Tensor] = {}  # by the number of the call that gave it
         self._seed_there: Tensor | None = None  # on a GPU, once something was drawn there
         self._pool_seed = self._seed = self._calls = 0
 
@@ -37,6 +39,8 @@ class DropMask:
         if pool != self._pool_seed:
             self.forget()
         self._pool_seed, self._seed, self._calls = pool, step, 0
+        for call, window in self._windows.items():
+            self._move(call, window, window.shape, window.stride())
         if self._seed_there is not None:
             self._seed_there.fill_(step)
 
@@ -47,6 +51,7 @@ class DropMask:
     def forget(self) -> None:
         """Drop the pools; they are drawn again when they are needed."""
         self._pools.clear()
+        self._windows.clear()
 
     def mix(self, quantized: Tensor, other: Tensor) -> Tensor:
         """Elements of `quantized` where the quantized value is used, else of `other`; no gradients."""
@@ -63,17 +68,26 @@ class DropMask:
                 self._seed_there = torch.full((), self._seed, dtype=torch.int64, device=x.device)
             self._calls += 1
             return kernels.Draw(self._seed_there, self._calls, 1.0 - self.probability)
-        n = x.numel()
-        dtype = torch.float32 if kernels is None else torch.uint8  # which kernels read in a quarter of the time
-        if (n, x.device, dtype) not in self._pools:
-            generator = torch.Generator(x.device).manual_seed(self._pool_seed)
-            pool = torch.empty(n + _SPARE, device=x.device).bernoulli_(1.0 - self.probability, generator=generator)
-            self._pools[n, x.device, dtype] = pool.to(dtype)
         self._calls += 1
-        start = mixed_seed(self._seed, self._calls) % (_SPARE // _ALIGNMENT) * _ALIGNMENT
-        return _laid_out_as(self._pools[n, x.device, dtype][start : start + n], x)
+        window, dtype = self._windows.get(self._calls), torch.float32 if kernels is None else torch.uint8
+        stride = x.stride() if F.is_dense(x) else torch.empty(x.shape, device="meta").stride()
+        if window is None or (window.shape, window.stride(), window.dtype) != (x.shape, stride, dtype):
+            assert Tape.running is None, "a recording needs windows that are moved for it"
+            window = self._windows[self._calls] = torch.empty(0, dtype=dtype, device=x.device)
+            self._move(self._calls, window, x.shape, stride)
+        return window
 
+    def _move(self, call: int, window: Tensor, shape: torch.Size, stride: tuple[int, ...]) -> None:
+        """Have `window` be the mask of this call, of this shape and in this memory layout."""
+        start = mixed_seed(self._seed, call) % (_SPARE // _ALIGNMENT) * _ALIGNMENT
+        pool = self._pool(shape.numel(), window)
+        window.set_(pool.untyped_storage(), start, shape, stride)
 
-def _laid_out_as(flat: Tensor, x: Tensor) -> Tensor:
-    """`flat` (numel,) in the shape of `x`, and in its memory layout: operations on both are then one plain pass."""
-    return flat.as_strided(x.shape, x.stride(), flat.storage_offset()) if F.is_dense(x) else flat.view(x.shape)
+    def _pool(self, n: int, like: Tensor) -> Tensor:
+        """Random elements for masks of `n`, of the type of `like`; bytes are what kernels read soonest."""
+        key = n, like.device, like.dtype
+        if key not in self._pools:
+            generator = torch.Generator(like.device).manual_seed(self._pool_seed)
+            pool = torch.empty(n + _SPARE, device=like.device)
+            self._pools[key] = pool.bernoulli_(1.0 - self.probability, generator=generator).to(like.dtype)
+        return self._pools[key]

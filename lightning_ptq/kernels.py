@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_ptq.tape import Tape, Watched
+
 
 def kernels_for(x: Tensor) -> Any:
     """The module of kernels that can take `x`; None where torch's operations have to.
@@ -24,7 +26,8 @@ def kernels_for(x: Tensor) -> Any:
         return None
     if x.is_cuda:
         return _gpu_kernels()
-    return cpu_kernels() if x.is_cpu and x.dtype == torch.float32 else None
+    found = cpu_kernels() if x.is_cpu and x.dtype == torch.float32 else None
+    return found if found is None or Tape.running is None else Watched(Tape.running, found)
 
 
 @cache

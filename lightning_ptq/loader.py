@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Minibatches:
-    """The minibatches of some steps, one after another as they are asked for: on a GPU in the same memory."""
+    """The minibatches of some steps, one after another as they are asked for, maybe in the same memory."""
 
     def __init__(self, steps: range, of: Callable[[int], Minibatch]) -> None:
         self.steps, self._of = steps, of
@@ -57,8 +57,8 @@ class UnitLoader:
             progress = settling.progress(step, steps)
             if last is None or progress < 1.0:  # else nothing will be done with it
                 # Where the input is no longer mixed with the teacher's, a corrected target would be that of another
-                # input. A GPU's minibatches share their memory, so that a recorded step finds each of them.
-                into = last if module.device.type == "cuda" else None
+                # input.
+                into = last if module.reuses_memory else None
                 last = cache.minibatch(order.rows(step), progress < module.method.drop_until, into)
             return last
 

@@ -25,6 +25,7 @@ from lightning_ptq.callbacks import model_callbacks
 from lightning_ptq.checkpoint import arguments_of, read_checkpoint
 from lightning_ptq.checks import check_device, check_network_steps, check_settings, check_trainer, run_folder
 from lightning_ptq.config import Granularity, QuantConfig, check_option
+from lightning_ptq.cpu_replay import CpuReplay
 from lightning_ptq.drop import DropMask
 from lightning_ptq.errors import PTQError
 from lightning_ptq.fingerprint import model_digest
@@ -48,7 +49,7 @@ from lightning_ptq.network import NETWORK
 from lightning_ptq.optimizer import optimizer_of
 from lightning_ptq.overhead import without_profiler
 from lightning_ptq.quantizers import forget_ranges
-from lightning_ptq.replay import Numbers, Replay
+from lightning_ptq.replay import Numbers
 from lightning_ptq.resuming import FROZEN, Resuming
 from lightning_ptq.selection import select
 from lightning_ptq.session import Images, Session, World
@@ -99,13 +100,13 @@ class PTQModule(Resuming):
         allow_drift: go on with a checkpoint of other weights, settings, images or of another major version; a warning
             names what differs.
         report: draw `report.html` when a fit ends. Without, `lightning-ptq report RUN` draws it at any time.
-        cuda_graphs: on one GPU, record steps once and play them back (see `replay.py`): faster, and the same numbers.
+        record_steps: in one process, record steps once and play them back (see `replay.py`): faster, the same numbers.
             Not with accumulated or clipped gradients, callbacks that look at gradients, float16, `augment` in the last
             epoch, or terms that do not allow it.
-        steps_per_batch: optimisation steps of what Lightning takes for one batch and one step, since its loop is dear
-            where a GPU has recorded the steps. None takes 1, or there a hundredth of `steps_per_unit`, at most 20,
-            unless the Trainer counts batches (`max_steps`, `limit_train_batches`, `val_check_interval`); where a run is
-            resumed, what its checkpoint has.
+        steps_per_batch: optimisation steps of what Lightning takes for one batch and one step, since its loop takes as
+            long as a recorded step on a GPU, and a tenth of one on a CPU. None takes a hundredth of `steps_per_unit`, at
+            most 20 on a GPU and 5 on a CPU, but 1 where steps are not recorded or the Trainer counts batches
+            (`max_steps`, `limit_train_batches`, `val_check_interval`); where a run is resumed, what its checkpoint has.
         seed: seed of every random draw; None takes that of `lightning.seed_everything`, or else 0.
 
     Raises:
@@ -152,7 +153,7 @@ class PTQModule(Resuming):
         settle: float = 0.0,
         allow_drift: bool = False,
         report: bool = True,
-        cuda_graphs: bool = True,
+        record_steps: bool = True,
         steps_per_batch: int | None = None,
         seed: int | None = None,
     ) -> None:
@@ -205,7 +206,7 @@ class PTQModule(Resuming):
         self.contrastive = contrastive = contrastive and coordinates.learns
         self.model_name, self.rounding_weight = type(model).__name__, rounding_weight
         self.held_out, self.leaf_modules, self._built = held_out, tuple(leaf_modules), built
-        self.allow_drift, self.draws_report, self.cuda_graphs = allow_drift, report, cuda_graphs
+        self.allow_drift, self.draws_report, self.record_steps = allow_drift, report, record_steps
         # What learns nothing needs no steps; one keeps Lightning's loop, and so validation and checkpoints, alive.
         self.steps_per_unit = steps_per_unit if self.method.learns else 1
         check_option(cache, get_args(CachePolicy), "cache")
@@ -240,7 +241,7 @@ class PTQModule(Resuming):
         if surroundings is not None:  # what the part reads depends on them
             self.model_digest += model_digest(surroundings)
         self._drop = DropMask(self.method.drop)
-        self._replay, self._numbers = Replay(), Numbers()
+        self._replay, self._numbers = CpuReplay(), Numbers()
         self._asked_per_batch, self.steps_per_batch = steps_per_batch, steps_per_batch or 1
         # Equal on all ranks by construction, and DDP wraps anew for every unit.
         self._ddp_params_and_buffers_to_ignore = [name for name in self.state_dict() if name.startswith(FROZEN)]

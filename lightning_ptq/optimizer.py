@@ -15,14 +15,15 @@ class Adam(torch.optim.Adam):
     """torch's Adam, except that a step does not look for a CUDA graph that is being captured.
 
     Where torch was built for CUDA and there is no GPU, that look loads the driver's library anew at every step: 0.3 ms,
-    as long as the fused update itself takes. Where a graph is captured (`replay.py`), the fused update is fit for it:
-    its rates are tensors then. The name is torch's own from 2.11 to 2.14; where it is another, the look stays.
+    as long as the fused update itself takes. Where a graph is captured (`gpu_replay.py`), the fused update is fit for
+    it: its rates are tensors then. The name is torch's own from 2.11 to 2.14; where it is another, the look stays.
 
     Attributes:
-        stepped: the step in progress was taken already, by a recording that was played back; `step` takes none then.
+        differentiated: the step in progress has its gradients already, from a recording that was played back.
+        stepped: it was taken already; `step` takes none then.
     """
 
-    stepped = False
+    differentiated = stepped = False
 
     def _accelerator_graph_capture_health_check(self) -> None:
         pass

@@ -87,8 +87,8 @@ class Resuming(Taking):
         if fits:
             if self._asked_per_batch is None:
                 self.steps_per_batch = saved["settings"].get("steps_per_batch", 1)
-                check_steps_per_batch(self.trainer, self.steps_per_batch)
             check_same(_ADDED | saved["settings"], self.settings(), "calibration setting", drift)
+            check_steps_per_batch(self.trainer, self.steps_per_batch)
         else:  # weights of loss terms: they say nothing to who only uses the network, with whatever terms
             live = {key: value for key, value in self.state_dict().items() if key.endswith(".ratio_sums")}
             checkpoint["state_dict"].update(live)

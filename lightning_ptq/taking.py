@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from lightning_ptq.cache import Minibatch
 from lightning_ptq.checks import check_steps_per_batch, counts_batches, leaves_gradients_alone
+from lightning_ptq.cpu_replay import CpuReplay, can_be_taped
 from lightning_ptq.functional import in_float32
+from lightning_ptq.gpu_replay import GpuReplay
 from lightning_ptq.kernels import kernels_for
 from lightning_ptq.loader import Minibatches
 from lightning_ptq.losses.base import Objective
@@ -24,8 +26,9 @@ from lightning_ptq.steps import Steps
 
 # Points of a unit's curves in the report, at least, where it has as many steps.
 _POINTS = 20
-# Optimisation steps of a batch, at most, where a GPU has recorded them.
-_STEPS_PER_BATCH = 20
+# Optimisation steps of a batch, at most: Lightning's loop takes as long as a recorded step on a GPU, and a tenth of one
+# on a CPU.
+_STEPS_PER_BATCH = {"cuda": 20, "cpu": 5}
 
 
 class Taking(QuickName, Steps):
@@ -36,7 +39,7 @@ class Taking(QuickName, Steps):
         anchor: gives Lightning and DDP a gradient where nothing is learned.
     """
 
-    cuda_graphs: bool
+    record_steps: bool
     steps_per_unit: int
     network_steps: int
     steps_per_batch: int
@@ -47,9 +50,9 @@ class Taking(QuickName, Steps):
     network_lr: float
     network_rounding_lr: float
     _asked_per_batch: int | None
-    _replay: Replay
+    _replay: Replay[Any]
     _numbers: Numbers
-    _records = False  # whether steps of the epoch in progress are recorded as CUDA graphs
+    _records = False  # whether steps of the epoch in progress are recorded
 
     def steps_of(self, unit: int) -> int:
         """Optimisation steps of `unit`, or of the whole network if that is len(student)."""
@@ -71,19 +74,19 @@ class Taking(QuickName, Steps):
             PTQError: the Trainer can't take several.
         """
         if self._asked_per_batch is None:
-            recorded = self._can_record(self.objective) and self.trainer.strategy.root_device.type == "cuda"
-            several = recorded and not counts_batches(self.trainer)
-            self.steps_per_batch = max(1, min(self.steps_per_unit // 100, _STEPS_PER_BATCH if several else 1))
+            several = self._can_record(self.objective) and not counts_batches(self.trainer)
+            most = _STEPS_PER_BATCH.get(self.trainer.strategy.root_device.type, 1) if several else 1
+            self.steps_per_batch = max(1, min(self.steps_per_unit // 100, most))
         check_steps_per_batch(self.trainer, self.steps_per_batch)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         """Clear the gradients of what is trained: nothing else has any, and walking all of it takes time."""
-        if not self._optimizer.stepped:
+        if not self._optimizer.differentiated:
             clear_gradients(self._trained)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Backward pass, unless the step was played back, this pass with it."""
-        if not self._optimizer.stepped:
+        if not self._optimizer.differentiated:
             super().backward(loss, *args, **kwargs)
 
     def training_step(self, batch: Minibatch | Minibatches, batch_idx: int) -> Tensor:
@@ -92,10 +95,11 @@ class Taking(QuickName, Steps):
             return self._step(batch, batch_idx)
         for step, minibatch in zip(batch.steps, batch, strict=True):
             loss = self._step(minibatch, step)
-            if step != batch.steps[-1] and not self._optimizer.stepped:
-                self.optimizer_zero_grad(self.trainer.current_epoch, batch_idx, self._optimizer)
-                with in_float32(self.device):
-                    loss.backward()
+            if step != batch.steps[-1]:
+                if not self._optimizer.differentiated:
+                    self.optimizer_zero_grad(self.trainer.current_epoch, batch_idx, self._optimizer)
+                    with in_float32(self.device):
+                        loss.backward()
                 self._optimizer.step()
                 del loss  # a step is recorded while nothing of an earlier one is left
         return loss
@@ -103,7 +107,7 @@ class Taking(QuickName, Steps):
     def _step(self, batch: Minibatch, step: int) -> Tensor:
         """One step: the sum of the objective's terms."""
         unit, optimizer = self.trainer.current_epoch, self._optimizer
-        optimizer.stepped = False
+        optimizer.differentiated = optimizer.stepped = False
         torch.clear_autocast_cache()  # it holds parameters as they were before the last step of the same batch
         progress = self.session.progress(step, self.steps_taken())
         if progress >= 1.0:
@@ -141,18 +145,29 @@ class Taking(QuickName, Steps):
         self._drop.seed(mixed_seed(self.seed, self.global_rank), seed)
         self._drop.active = progress < self.method.drop_until
         beta = annealed_beta(self.method.rounding_progress(progress))
-        return None if beta is None else self._numbers.put("beta", beta, self.device)
+        there = self._records or self.device.type == "cuda"
+        return self._numbers.put("beta", beta, self.device) if there and beta is not None else beta
 
     def begin_recording(self, unit: int) -> None:
         """Decide whether steps of `unit` are recorded. What Python draws is in no recording."""
         network = unit == len(self.student)
         objective = self.network_objective if network else self.objective
-        there = self.anchor.is_cuda and kernels_for(self.anchor) is not None and not torch.is_anomaly_enabled()
-        self._records = there and self._can_record(objective) and not (network and self.augment)
+        if self.anchor.is_cuda:
+            there, self._replay = kernels_for(self.anchor) is not None, GpuReplay()
+        else:
+            there = self.anchor.is_cpu and can_be_taped(self.student) and can_be_taped(self.teacher)
+            self._replay = CpuReplay()
+        there &= not torch.is_anomaly_enabled() and not (network and self.augment)
+        self._records = there and self._can_record(objective)
 
     def _can_record(self, objective: Objective) -> bool:
         """Whether nothing but the device forbids it."""
-        return self.cuda_graphs and objective.is_recordable and leaves_gradients_alone(self.trainer)
+        return self.record_steps and objective.is_recordable and leaves_gradients_alone(self.trainer)
+
+    @property
+    def reuses_memory(self) -> bool:
+        """Whether each minibatch has to lie where the last one did, for a recording to find it."""
+        return self._records or self.device.type == "cuda"
 
     def forget_recordings(self) -> None:
         """Give back what recordings hold, the gradients of what is trained among it."""
@@ -178,11 +193,18 @@ class Taking(QuickName, Steps):
     def _set_rates(self, **rates: float) -> None:
         """Learning rates of the named groups, 0 for others; anew at each step, so resuming needs no scheduler."""
         for group in self._optimizer.param_groups:
-            group["lr"] = self._numbers.put(group["name"], rates.get(group["name"], 0.0), self.device)
+            rate = rates.get(group["name"], 0.0)
+            # A recording for a GPU holds the optimizer's step too.
+            there = self.device.type == "cuda"
+            group["lr"] = self._numbers.put(group["name"], rate, self.device) if there else rate
 
     def _tell(self, name: str, step: int, terms: dict[str, Tensor]) -> None:
-        """Terms to bar and loggers every `log_every_n_steps`; to the report as often, or `_POINTS` times a unit."""
-        interval: int = self.trainer.log_every_n_steps * self.steps_per_batch  # type: ignore[attr-defined]
+        """Terms to bar and loggers every `log_every_n_steps` optimisation steps, but at most once for each batch.
+
+        To the report as often, or `_POINTS` times a unit.
+        """
+        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        interval = interval and max(interval, self.steps_per_batch)
         steps = self.steps_taken()
         logged = interval > 0 and (step % interval == 0 or step == steps)
         noted = step % max(1, min(interval or steps, steps // _POINTS)) == 0 or step == steps

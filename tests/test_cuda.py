@@ -192,13 +192,13 @@ class Recordings(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: PTQModule, *args: Any) -> None:
         torch.cuda.set_sync_debug_mode("default")
-        self.most = max(self.most, len(module._replay._recordings))
+        self.most = max(self.most, len(module._replay.recordings))
 
 
 def test_recorded_steps_several_to_a_batch_are_the_same_steps(tmp_path: Path) -> None:
     states = []
     for each, recorded in ((7, True), (1, False)):
-        module = tiny_module(steps_per_unit=60, contrastive=True, steps_per_batch=each, cuda_graphs=recorded)
+        module = tiny_module(steps_per_unit=60, contrastive=True, steps_per_batch=each, record_steps=recorded)
         running = trainer(tmp_path / str(each), accelerator="cuda", deterministic=True)
         running.fit(module, datamodule=tiny_data())
         states.append(quantization_state(module))
@@ -209,7 +209,7 @@ def test_recorded_steps_several_to_a_batch_are_the_same_steps(tmp_path: Path) ->
 def test_recorded_steps_are_the_same_steps(tmp_path: Path, changes: dict[str, Any]) -> None:
     states, counts = [], []
     for recorded in (True, False):
-        module, counter = tiny_module(steps_per_unit=60, cuda_graphs=recorded, **changes), Recordings()
+        module, counter = tiny_module(steps_per_unit=60, record_steps=recorded, **changes), Recordings()
         folder = tmp_path / str(recorded)
         settings = {"log_every_n_steps": 60, "callbacks": [counter]}
         trainer(folder, accelerator="cuda", deterministic=True, **settings).fit(module, datamodule=tiny_data())
@@ -246,7 +246,7 @@ def test_what_cannot_be_recorded_is_calibrated_all_the_same(tmp_path: Path) -> N
     settings: dict[str, Any] = {"steps_per_unit": 30, "batch_size": 8, "seed": 0, "leaf_modules": ["blocks.1"]}
     states = []
     for recorded in (True, False):
-        module = PTQModule(net, QuantConfig(2, 2), cuda_graphs=recorded, **settings)
+        module = PTQModule(net, QuantConfig(2, 2), record_steps=recorded, **settings)
         running = trainer(tmp_path / str(recorded), accelerator="cuda", deterministic=True)
         with pytest.warns(UserWarning, match="can't be recorded") if recorded else nullcontext():
             running.fit(module, datamodule=tiny_data())
