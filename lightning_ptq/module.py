@@ -103,10 +103,11 @@ class PTQModule(Resuming):
         record_steps: in one process, record steps once and play them back (see `replay.py`): faster, the same numbers.
             Not with accumulated or clipped gradients, callbacks that look at gradients, float16, `augment` in the last
             epoch, or terms that do not allow it.
-        steps_per_batch: optimisation steps of what Lightning takes for one batch and one step, since its loop takes as
-            long as a recorded step on a GPU, and a tenth of one on a CPU. None takes a hundredth of `steps_per_unit`, at
-            most 20 on a GPU and 5 on a CPU, but 1 where steps are not recorded or the Trainer counts batches
-            (`max_steps`, `limit_train_batches`, `val_check_interval`); where a run is resumed, what its checkpoint has.
+        steps_per_batch: optimisation steps of what Lightning takes for one batch and one step, since its loop takes
+            as long as a recorded step on a GPU, and a tenth of one on a CPU. None takes a hundredth of
+            `steps_per_unit`, at most 20 on a GPU and 5 on a CPU, but 1 where steps are not recorded or the Trainer
+            counts batches (`max_steps`, `limit_train_batches`, `val_check_interval`); where a run is resumed, what
+            its checkpoint has.
         seed: seed of every random draw; None takes that of `lightning.seed_everything`, or else 0.
 
     Raises:

@@ -1,9 +1,10 @@
 """Steps that are recorded once and played back: what `gpu_replay` and `cpu_replay` share.
 
-A step of a unit is some hundred short operations. Python takes as long to call them as a CPU to do the smaller ones, and
-several times as long as a GPU. What changes from step to step lies in tensors that a recording reads: the minibatch, the
-regulariser's exponent, what is dropped; other random numbers come from a generator that it goes on with. What changes the
-operations themselves, such as the end of the warm-up, is the step's form: each form has a recording of its own.
+A step of a unit is some hundred short operations. Python takes as long to call them as a CPU to do the smaller ones,
+and several times as long as a GPU. What changes from step to step lies in tensors that a recording reads: the
+minibatch, the regulariser's exponent, what is dropped; other random numbers come from a generator that it goes on
+with. What changes the operations themselves, such as the end of the warm-up, is the step's form: each form has a
+recording of its own.
 """
 
 from __future__ import annotations
