@@ -30,14 +30,16 @@ import lightning_ptq as ptq
 from benchmarks.census import random_model
 from benchmarks.common import DEFAULT_ROOT, Yardstick, commit, in_process, trained
 from benchmarks.eight_bits import crops, settle
+from lightning_ptq import kernels
 
-# Arguments of `PTQModule` that a variant has beyond the job's.
+# Arguments of `PTQModule` that a variant has beyond the job's; "operations" goes without compiled kernels too.
 VARIANTS: dict[str, dict[str, Any]] = {
     "qdrop": {},
     "bf16": {},
     "tuned": {},
-    "unrecorded": {"cuda_graphs": False},
-    "batched": {"steps_per_batch": 10},
+    "unrecorded": {"record_steps": False},
+    "one": {"steps_per_batch": 1},
+    "operations": {"record_steps": False, "steps_per_batch": 1},
     "contrastive": {"contrastive": True},
     "paper": {"corrections": False, "network_steps": 0, "drop_until": 1.0},
 }
@@ -66,6 +68,8 @@ def prepare(job: str, root: Path) -> tuple[nn.Module, Tensor]:
 
 def run(job: str, variant: str, steps: int | None, root: Path, accelerator: str) -> dict[str, Any]:
     """One calibration in this process; `steps` in place of the job's."""
+    if variant == "operations":
+        kernels.cpu_kernels = lambda: None
     model, images = prepare(job, root)
     *_, (weight_bits, act_bits), usual = JOBS[job]
     steps = usual if steps is None else steps

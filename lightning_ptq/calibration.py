@@ -25,6 +25,8 @@ from lightning_ptq.weights import WeightQuantizer
 RANGE_IMAGES = 256
 # What the mean error of the usual images may grow by where that of all falls.
 _USUAL_GROWTH = 1.05
+# A growth of errors is chance up to so many of its standard errors: a handful of images makes most of it.
+CHANCE = 2.0
 
 Gather = Callable[[Tensor], Iterable[Tensor]]
 
@@ -195,12 +197,19 @@ def no_worse(
     """Whether the errors (N,) of images did not grow: neither their mean, nor clearly that of the smaller half of them.
 
     The mean alone is what a few extreme images make of it, which may get better where all others get worse. In a good
-    unit the half may grow by some percent while the mean falls. NaN is worse, and an error that overflows says nothing.
+    unit the half may grow by some percent while the mean falls, and by more than that where it is a dozen images: it is
+    clear if it is more than `CHANCE` standard errors too. NaN is worse, and an error that overflows says nothing.
     """
     size = after + before  # of both: which half it is favours neither
     usual = size <= size.median()
-    new, old = mean(torch.stack([torch.stack([x.mean(), x[usual].mean()]) for x in (after, before)]))
-    return bool(((new <= old * old.new_tensor([1.0, usual_growth])) & new.isfinite()).all())
+    growth = (after - before)[usual]
+    numbers = after.mean(), before.mean(), after[usual].mean(), before[usual].mean(), growth.mean()
+    new, old, new_half, old_half, average, square, count = mean(
+        torch.stack([*numbers, growth.square().mean(), usual.sum().to(growth.dtype)])
+    )
+    error = ((square - average.square()).clamp(min=0.0) / count).sqrt()
+    half = new_half.isfinite() & ((new_half <= old_half * usual_growth) | (average <= CHANCE * error))
+    return bool(new.isfinite() & (new <= old) & half)
 
 
 class Comparison:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ptq.cache import Minibatch, Rows, UnitCache, gathered, judged_rows
-from lightning_ptq.calibration import Comparison, UnitReport, no_worse, report, restore_initial
+from lightning_ptq.calibration import CHANCE, Comparison, UnitReport, no_worse, report, restore_initial
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.losses.prediction import prediction_errors
 from lightning_ptq.losses.reconstruction import squared_errors
@@ -31,9 +31,7 @@ NETWORK = "whole-network"
 # The epoch is undone if the divergence on images that are drawn grew by more than this factor. Not by any growth: the
 # units have fitted these very images, and the epoch takes some of that back.
 HARM = 1.25
-# And if that of images that are held out grew by more than so many standard errors of its growth. These are few, and a
-# handful that the network is wrong about makes most of the divergence: by chance it grows where that of all falls.
-CHANCE = 2.0
+# And if that of images that are held out, which are few, grew by more than chance has it.
 
 Mean = Callable[[Tensor], Tensor]
 Errors = Callable[[Tensor, Tensor], Tensor]

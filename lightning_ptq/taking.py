@@ -29,6 +29,8 @@ _POINTS = 20
 # Optimisation steps of a batch, at most: Lightning's loop takes as long as a recorded step on a GPU, and a tenth of one
 # on a CPU.
 _STEPS_PER_BATCH = {"cuda": 20, "cpu": 5}
+# Steps of an epoch on a CPU from which on recording them saves more than the few that are recorded and proven cost.
+WORTH_A_TAPE = 60
 
 
 class Taking(QuickName, Steps):
@@ -155,7 +157,8 @@ class Taking(QuickName, Steps):
         if self.anchor.is_cuda:
             there, self._replay = kernels_for(self.anchor) is not None, GpuReplay()
         else:
-            there = self.anchor.is_cpu and can_be_taped(self.student) and can_be_taped(self.teacher)
+            worth_it = self.anchor.is_cpu and self.steps_of(unit) >= WORTH_A_TAPE
+            there = worth_it and can_be_taped(self.student) and can_be_taped(self.teacher)
             self._replay = CpuReplay()
         there &= not torch.is_anomaly_enabled() and not (network and self.augment)
         self._records = there and self._can_record(objective)

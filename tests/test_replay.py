@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_ptq import PTQModule, QuantConfig
+from lightning_ptq import PTQModule, QuantConfig, taking
 from lightning_ptq.cpu_replay import CpuReplay, can_be_taped
 from lightning_ptq.losses import Term, UnitBatch
 from lightning_ptq.optimizer import Adam
@@ -19,6 +19,11 @@ from lightning_ptq.tape import Tape
 from tests.helpers import assert_equal_states, quantization_state, tiny_data, tiny_module, tiny_net, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed from")
+
+
+@pytest.fixture(autouse=True)
+def _any_number_of_steps_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taking, "WORTH_A_TAPE", 1)
 
 
 class Recordings(L.Callback):
