@@ -110,7 +110,7 @@ def allocate(
 
 
 def _divergence(found: Divergences, kind: Kind, name: str, bits: int) -> float:
-    """That of a tensor at these bits; between measured ones each bit takes off the same factor, as of rounding noise."""
+    """That of a tensor at these bits. Between measured ones each bit takes off the same factor: rounding noise does."""
     if bits in BITS:
         return found[kind, name, bits]
     fewer, more = max(b for b in BITS if b < bits), min(b for b in BITS if b > bits)
