@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ptq.errors import PTQError
+from lightning_ptq.kernels import kernels_for
 
 VERSION = version("lightning-ptq")
 
@@ -39,7 +40,7 @@ def data_digest(images: Tensor) -> int:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, device and threads: with the same of all, a run gives the same bits again."""
+    """Versions, device, kernels and threads: with the same of all, a run gives the same bits again."""
     cuda = device.type == "cuda"
     return {
         "lightning_ptq": VERSION,
@@ -48,6 +49,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         **{name: version(name) for name in ("torchvision", "lightning")},
         "device": torch.cuda.get_device_name(device) if cuda else f"{device.type} {platform.machine()}",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "compiled_kernels": kernels_for(torch.empty(0, device=device)) is not None,
         "threads": torch.get_num_threads(),
     }
 
