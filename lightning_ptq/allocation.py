@@ -110,12 +110,17 @@ def allocate(
 
 
 def _divergence(found: Divergences, kind: Kind, name: str, bits: int) -> float:
-    """That of a tensor at these bits. Between measured ones each bit takes off the same factor: rounding noise does."""
+    """That of a tensor at these bits.
+
+    Between measured ones each bit takes off the same factor, but no more than of rounding noise, which is a quarter: at
+    8 bits what was measured may be next to nothing.
+    """
     if bits in BITS:
         return found[kind, name, bits]
     fewer, more = max(b for b in BITS if b < bits), min(b for b in BITS if b > bits)
-    share = (bits - fewer) / (more - fewer)
-    return float(max(found[kind, name, fewer], 0.0) ** (1.0 - share) * max(found[kind, name, more], 0.0) ** share)
+    share, start, end = (bits - fewer) / (more - fewer), found[kind, name, fewer], found[kind, name, more]
+    between = max(start, 0.0) ** (1.0 - share) * max(end, 0.0) ** share
+    return float(max(between, start / 4.0 ** (bits - fewer)))
 
 
 def _consistent(pairs: Sequence[Pair], activations: Sequence[tuple[str, int]]) -> LinearConstraint:

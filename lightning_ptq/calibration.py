@@ -162,13 +162,13 @@ def judged_errors(cache: UnitCache, importance: Tensor | None) -> Tensor:
 
 
 def finish_unit(
-    cache: UnitCache, importance: Tensor | None, mean: Callable[[Tensor], Tensor]
+    cache: UnitCache, importance: Tensor | None, mean: Callable[[Tensor], Tensor], processes: int = 1
 ) -> tuple[UnitReport, Tensor]:
     """Judge the cache's unit, roll it back where calibration did harm, and say what happened.
 
     Args:
         importance: weights of the output's channels in the reconstruction loss.
-        mean: averages a tensor over processes, so that all of them decide alike.
+        mean: averages a tensor over processes, so that all of them decide alike. processes: how many there are.
 
     Returns:
         (report, the unit's final output for all cached images).
@@ -182,7 +182,7 @@ def finish_unit(
     out = cache.student_out()
     found = Comparison(cache.device, dim, importance).over(out[rows], target)
     errors = [float(mean(x.mean())) for x in (before, found.errors)]
-    accepted = no_worse(found.errors, before, mean) and scales_are_finite(unit)
+    accepted = no_worse(found.errors, before, mean, processes) and scales_are_finite(unit)
     if not accepted:
         restore_initial(unit)
         del out  # before there is another
@@ -192,13 +192,20 @@ def finish_unit(
 
 
 def no_worse(
-    after: Tensor, before: Tensor, mean: Callable[[Tensor], Tensor], usual_growth: float = _USUAL_GROWTH
+    after: Tensor,
+    before: Tensor,
+    mean: Callable[[Tensor], Tensor],
+    processes: int = 1,
+    usual_growth: float = _USUAL_GROWTH,
 ) -> bool:
     """Whether the errors (N,) of images did not grow: neither their mean, nor clearly that of the smaller half of them.
 
     The mean alone is what a few extreme images make of it, which may get better where all others get worse. In a good
     unit the half may grow by some percent while the mean falls, and by more than that where it is a dozen images: it is
     clear if it is more than `CHANCE` standard errors too. NaN is worse, and an error that overflows says nothing.
+
+    Args:
+        processes: how many of them `mean` averages over.
     """
     size = after + before  # of both: which half it is favours neither
     usual = size <= size.median()
@@ -207,7 +214,7 @@ def no_worse(
     new, old, new_half, old_half, average, square, count = mean(
         torch.stack([*numbers, growth.square().mean(), usual.sum().to(growth.dtype)])
     )
-    error = ((square - average.square()).clamp(min=0.0) / count).sqrt()
+    error = ((square - average.square()).clamp(min=0.0) / (count * processes)).sqrt()
     half = new_half.isfinite() & ((new_half <= old_half * usual_growth) | (average <= CHANCE * error))
     return bool(new.isfinite() & (new <= old) & half)
 

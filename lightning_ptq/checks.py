@@ -34,6 +34,7 @@ _LEAST = {"steps_per_unit": 1, "network_steps": 0, "batch_size": 1, "steps_per_b
 _OPTIONAL = ("network_steps", "rounding_lr", "scale_lr", "rounding_weight", "steps_per_batch")
 # Where callbacks see gradients before they are used.
 _GRADIENT_HOOKS = ("on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
+_OURS = ("lightning", "pytorch_lightning", "lightning_ptq")
 _PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 
@@ -99,12 +100,20 @@ def leaves_gradients_alone(trainer: L.Trainer) -> bool:
         and not trainer.gradient_clip_val
         and trainer.precision != "16-mixed"
         and not any(map(_looks_at_gradients, trainer.callbacks))  # type: ignore[attr-defined]
+        and not _takes_steps_itself(trainer.lightning_module)
     )
 
 
 def _looks_at_gradients(callback: L.Callback) -> bool:
     overrides = any(getattr(type(callback), hook) is not getattr(L.Callback, hook) for hook in _GRADIENT_HOOKS)
     return overrides or isinstance(callback, GradientAccumulationScheduler)
+
+
+def _takes_steps_itself(module: L.LightningModule | None) -> bool:
+    """Whether a module of the user's has hooks of its own around a step."""
+    names = (*_GRADIENT_HOOKS, "backward", "configure_gradient_clipping", "optimizer_step", "optimizer_zero_grad")
+    hooks = [getattr(type(module), name) for name in names if module is not None]
+    return any(hook.__module__.split(".")[0] not in _OURS for hook in hooks)
 
 
 def counts_batches(trainer: L.Trainer) -> bool:
@@ -119,12 +128,12 @@ def counts_batches(trainer: L.Trainer) -> bool:
     )
 
 
-def check_steps_per_batch(trainer: L.Trainer, steps: int) -> None:
+def check_steps_per_batch(trainer: L.Trainer, steps: int, whose: str = "") -> None:
     """Raise `PTQError` if a batch can't be several steps."""
     if steps > 1 and not leaves_gradients_alone(trainer):
         raise PTQError(
-            f"steps_per_batch={steps} needs one device, no accumulated or clipped gradients, no callback that looks at "
-            "them, and no precision='16-mixed'. Leave it out."
+            f"{whose}steps_per_batch={steps} needs one device, no accumulated or clipped gradients, no callback or "
+            f"module hook that looks at them, and no precision='16-mixed'. Leave {'these' if whose else 'it'} out."
         )
 
 

@@ -1,8 +1,8 @@
 /* The elementwise work of a step on a CPU: one pass over memory where torch's operations take five.
 
    Compiled by `cpu_kernels.py` where there is a compiler. Arrays hold float32, are dense and laid out alike, so that
-   loops walk over memory and know little of shapes. A sum has one part for each block, and parts are added in order:
-   it is the same for any number of threads. */
+   loops walk over memory and know little of shapes. A sum has one part for each block, or each row of a matrix, and
+   parts are added in order: it is the same for any number of threads. */
 
 #include <math.h>
 #include <stdint.h>
@@ -39,7 +39,8 @@ static inline float rounded(float position, float low, float high)
     return (clamped(position, low, high) + ROUND) - ROUND;
 }
 
-/* 2^x to some units in the last place: the power's integer goes to the exponent, Taylor's series takes the rest. */
+/* 2^x to some units in the last place, NaN for NaN: the power's integer goes to the exponent, Taylor's series takes the
+   rest. */
 static inline float exp2_of(float x)
 {
     x = clamped(x, -126.0f, 127.0f);
@@ -52,7 +53,7 @@ static inline float exp2_of(float x)
     y = y * f + 2.40226507e-1f;
     y = y * f + 6.93147181e-1f;
     y = y * f + 1.0f;
-    uint32_t bits = (uint32_t)((int32_t)whole + 127) << 23;
+    uint32_t bits = (uint32_t)((int32_t)(x == x ? whole : 0.0f) + 127) << 23;
     float power;
     memcpy(&power, &bits, sizeof power);
     return y * power;

@@ -1,14 +1,17 @@
 """The kernels of `cpu_kernels.c`, compiled for this machine when the module is imported, which takes half a second.
 
 Names, arguments and results are those of `gpu_kernels`, but that a random choice is a mask (uint8) of the tensor's
-shape. Raises `OSError` or `subprocess.SubprocessError` on import where there is no C compiler with OpenMP.
+shape. Raises `OSError` on import where there is no C compiler with OpenMP.
+
+Attributes:
+    VERSION: a digest of the machine code, which depends on the compiler and the CPU: sums with it, in their last bits.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
-import shutil
 import subprocess
 import sysconfig
 import tempfile
@@ -22,22 +25,28 @@ from torch import Tensor
 _BLOCK = 4096  # as in the C source
 # Tensors below are done sooner than a second thread wakes up.
 _FEW = 2**15
-# No contraction, and nothing of -ffast-math that changes results: elements are those of torch's operations, bit by bit.
+# No contraction, and nothing of -ffast-math that changes results: what has torch's operations has their bits.
 _FLAGS = "-std=c11 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=off -shared -fPIC"
 
 
-def _compiled() -> CDLL:
-    source = Path(__file__).with_suffix(".c")
-    named = (shlex.split(name or "")[:1] for name in (os.environ.get("CC"), sysconfig.get_config_var("CC"), "cc"))
-    compiler = next((path for name in named if name and (path := shutil.which(name[0]))), None)
-    if compiler is None:
-        raise FileNotFoundError("no C compiler")
+def _compiled() -> tuple[CDLL, str]:
+    """The kernels, and a digest of their machine code."""
+    for compiler in (os.environ.get("CC"), sysconfig.get_config_var("CC"), "cc", "gcc", "clang"):
+        if compiler and (made := _compiled_by(compiler)) is not None:
+            return made
+    raise OSError("no C compiler with OpenMP")
+
+
+def _compiled_by(compiler: str) -> tuple[CDLL, str] | None:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "kernels.so")
-        # OpenMP's functions are found in the library that torch has loaded, so that both have one pool of threads.
-        command = [compiler, *_FLAGS.split(), "-o", str(library), str(source), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
-        return CDLL(str(library))
+        # gcc's OpenMP finds its functions in the library that torch has loaded, so that both have one pool of threads.
+        options = [*_FLAGS.split(), "-o", str(library), str(Path(__file__).with_suffix(".c")), "-lm"]
+        try:
+            subprocess.run([*shlex.split(compiler), *options], check=True, capture_output=True, timeout=60)
+            return CDLL(str(library)), hashlib.sha256(library.read_bytes()).hexdigest()[:16]
+        except (OSError, ValueError, subprocess.SubprocessError):
+            return None
 
 
 _p, _f, _n, _i = c_void_p, c_float, c_int64, c_int
@@ -52,7 +61,7 @@ _ARGUMENTS = {
     "undecided": (_p, _p, _p, _n, _f, _i),
     "undecided_backward": (_p, _p, _p, _n, _f, _i),
 }
-_library = _compiled()
+_library, VERSION = _compiled()
 for _name, _types in _ARGUMENTS.items():
     _function = getattr(_library, _name)
     _function.argtypes, _function.restype = _types, None

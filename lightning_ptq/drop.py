@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from lightning_ptq import functional as F
-from lightning_ptq.kernels import kernels_for
+from lightning_ptq.kernels import cpu_kernels, kernels_for
 from lightning_ptq.seeds import mixed_seed
-from lightning_ptq.tape import Tape
+from lightning_ptq.tape import recording
 
 # A mask is a window of a pool of random elements: the pool is so much longer, and masks start at multiples of a cache
-# line's elements.
+# line.
 _SPARE, _ALIGNMENT = 2**18, 16
 
 
@@ -35,11 +35,11 @@ class DropMask:
         self._pool_seed = self._seed = self._calls = 0
 
     def seed(self, pool: int, step: int) -> None:
-        """Restart the stream of masks for one step; the pools are those of the seed `pool`."""
+        """Restart the stream of masks for one step, if it is `active`; the pools are those of the seed `pool`."""
         if pool != self._pool_seed:
             self.forget()
         self._pool_seed, self._seed, self._calls = pool, step, 0
-        for call, window in self._windows.items():
+        for call, window in self._windows.items() if self.active else ():
             self._move(call, window, window.shape, window.stride())
         if self._seed_there is not None:
             self._seed_there.fill_(step)
@@ -69,10 +69,12 @@ class DropMask:
             self._calls += 1
             return kernels.Draw(self._seed_there, self._calls, 1.0 - self.probability)
         self._calls += 1
-        window, dtype = self._windows.get(self._calls), torch.float32 if kernels is None else torch.uint8
+        window = self._windows.get(self._calls)
+        dtype = torch.uint8 if x.is_cpu and cpu_kernels() is not None else torch.float32
         stride = x.stride() if F.is_dense(x) else torch.empty(x.shape, device="meta").stride()
         if window is None or (window.shape, window.stride(), window.dtype) != (x.shape, stride, dtype):
-            assert Tape.running is None, "a recording needs windows that are moved for it"
+            if tape := recording():  # none of the steps before it had this window
+                tape.faithful = False
             window = self._windows[self._calls] = torch.empty(0, dtype=dtype, device=x.device)
             self._move(self._calls, window, x.shape, stride)
         return window

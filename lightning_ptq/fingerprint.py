@@ -49,7 +49,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         **{name: version(name) for name in ("torchvision", "lightning")},
         "device": torch.cuda.get_device_name(device) if cuda else f"{device.type} {platform.machine()}",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "compiled_kernels": kernels_for(torch.empty(0, device=device)) is not None,
+        "compiled_kernels": getattr(kernels_for(torch.empty(0, device=device)), "VERSION", None),
         "threads": torch.get_num_threads(),
     }
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lightning_ptq.kernels import kernels_for
 
@@ -134,6 +135,7 @@ class _FakeQuantize(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x = ctx.saved_tensors[0]
         # From a slice or padding: one copy, or each pass would be many times as long.
@@ -160,13 +162,13 @@ def mix(drawn: Tensor, other: Tensor, keep: Any) -> Tensor:
 
     Without gradients on a GPU, and where both are float32.
     """
+    if not isinstance(keep, Tensor):
+        return keep.mix(drawn, laid_out_as(other, drawn))  # type: ignore[no-any-return]
     kernels = kernels_for(drawn) if drawn.dtype == other.dtype and is_dense(drawn) else None
     if kernels is None:
         return torch.lerp(other, drawn, keep.to(other.dtype))
-    other = laid_out_as(other, drawn)
-    if isinstance(keep, Tensor):
-        return kernels.mix(drawn, other, laid_out_as(keep, drawn).to(torch.uint8))  # type: ignore[no-any-return]
-    return keep.mix(drawn, other)  # type: ignore[no-any-return]
+    at = drawn, laid_out_as(other, drawn), laid_out_as(keep, drawn).to(torch.uint8)
+    return kernels.mix(*at)  # type: ignore[no-any-return]
 
 
 def laid_out_as(y: Tensor, x: Tensor) -> Tensor:
@@ -215,8 +217,10 @@ class _SoftRound(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, alpha: Tensor, low: Tensor, step: Tensor, log_gain: Tensor) -> tuple[Tensor, Tensor]:
-        alike = alpha.shape == low.shape == step.shape and all(x.is_contiguous() for x in (alpha, low, step, log_gain))
-        ctx.kernels = kernels = kernels_for(alpha) if alike and alpha.numel() else None
+        alike = alpha.shape == low.shape == step.shape and alpha.dim() == log_gain.dim() and alpha.numel() > 0
+        plain = all(x.is_contiguous() and x.dtype == alpha.dtype for x in (alpha, low, step, log_gain))
+        by_rows = alike and log_gain.numel() == len(log_gain) and len(log_gain) in (1, len(alpha))
+        ctx.kernels = kernels = kernels_for(alpha) if by_rows and plain else None
         if kernels is not None:
             weight, h = kernels.soft_round(alpha, low, step, log_gain, ZETA - GAMMA, GAMMA)
             ctx.save_for_backward(alpha, step, log_gain, weight)
@@ -230,6 +234,7 @@ class _SoftRound(torch.autograd.Function):
         return weight, h
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_weight: Tensor | None, grad_h: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.kernels is not None:
             return _SoftRound._backward(ctx, grad_weight, grad_h)
@@ -278,6 +283,7 @@ class _StraightThrough(torch.autograd.Function):
         return rounded.view_as(rounded)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         return None, grad
 
@@ -315,6 +321,7 @@ class _Undecided(torch.autograd.Function):
         return sum(sums[1:], sums[0])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.kernels is not None:
             return None, *(ctx.kernels.undecided_backward(h, ctx.beta, grad) for h in ctx.saved_tensors)

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# What computes here, beside torch.
+VERSION = f"triton {triton.__version__}"
 # Elements of one program. A sum is made of one number for each program, so that its order is always the same.
 _BLOCK = 4096
 # Adding and subtracting 1.5 * 2^23 leaves the nearest integer, ties to even; grids end far below.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import warnings
 from functools import cache
 from importlib import import_module
@@ -12,22 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ptq.tape import Tape, Watched
+from lightning_ptq.tape import Watched, recording
 
 
 def kernels_for(x: Tensor) -> Any:
     """The module of kernels that can take `x`; None where torch's operations have to.
 
     On a CPU that is so for all but float32, and where there is no C compiler. Kernels see memory, not operations, so
-    what traces or wraps those gets torch's.
+    whoever traces or wraps those gets torch's, but for a tape, to which a kernel is an operation.
     """
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    if traced or type(x) not in (Tensor, nn.Parameter):
+    tape = recording()
+    if traced or tape is False or type(x) not in (Tensor, nn.Parameter):
         return None
     if x.is_cuda:
         return _gpu_kernels()
-    found = cpu_kernels() if x.is_cpu and x.dtype == torch.float32 else None
-    return found if found is None or Tape.running is None else Watched(Tape.running, found)
+    found = cpu_kernels() if x.is_cpu and x.dtype == torch.float32 and not x.is_neg() else None
+    return found if found is None or tape is None else Watched(tape, found)
 
 
 @cache
@@ -35,7 +35,7 @@ def cpu_kernels() -> Any:
     """The module `cpu_kernels`, compiled when it is imported; None where that fails."""
     try:
         return import_module("lightning_ptq.cpu_kernels")
-    except (OSError, subprocess.SubprocessError):
+    except OSError:
         return None
 
 

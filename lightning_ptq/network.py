@@ -180,7 +180,9 @@ def _each(errors: Errors, out: Tensor, target: Tensor, device: torch.device) -> 
     return torch.cat([errors(a.to(device), b.to(device)) for a, b in pairs])
 
 
-def worse_than_nearest(cache: UnitCache | NetworkCache, images: Tensor, out: Tensor, mean: Mean) -> bool:
+def worse_than_nearest(
+    cache: UnitCache | NetworkCache, images: Tensor, out: Tensor, mean: Mean, processes: int = 1
+) -> bool:
     """Whether the calibrated network, whose output for the cache's `images` is `out`, does worse than it started.
 
     Judged like the last epoch where there is one, else by the squared error that units are calibrated for: what they
@@ -192,7 +194,7 @@ def worse_than_nearest(cache: UnitCache | NetworkCache, images: Tensor, out: Ten
     with initial_ranges(cache.student):
         nearest = run_chunked(cache.student, images[rows], cache.device, cache.store)
     after, before = (_each(errors, x, target, cache.device) for x in (out[rows], nearest))
-    return not no_worse(after, before, mean, _USUAL_GROWTH)
+    return not no_worse(after, before, mean, processes, _USUAL_GROWTH)
 
 
 def put_back(

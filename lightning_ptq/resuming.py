@@ -85,10 +85,11 @@ class Resuming(Taking):
             )
         fits = self._trainer is not None and self.trainer.state.fn == "fit"
         if fits:
+            whose = ""
             if self._asked_per_batch is None:
-                self.steps_per_batch = saved["settings"].get("steps_per_batch", 1)
+                self.steps_per_batch, whose = saved["settings"].get("steps_per_batch", 1), "the checkpoint's "
             check_same(_ADDED | saved["settings"], self.settings(), "calibration setting", drift)
-            check_steps_per_batch(self.trainer, self.steps_per_batch)
+            check_steps_per_batch(self.trainer, self.steps_per_batch, whose)
         else:  # weights of loss terms: they say nothing to who only uses the network, with whatever terms
             live = {key: value for key, value in self.state_dict().items() if key.endswith(".ratio_sums")}
             checkpoint["state_dict"].update(live)

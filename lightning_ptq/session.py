@@ -216,7 +216,7 @@ class Session:
             report, out = finish_network(self.cache, self._network_start, mean, self._world.size)
             self._network_start = None
         else:
-            report, out = finish_unit(self.cache, self.importance_of(unit), mean)
+            report, out = finish_unit(self.cache, self.importance_of(unit), mean, self._world.size)
             self._student_out = out
         self.reports.append(report)
         if unit == self._last:
@@ -238,7 +238,7 @@ class Session:
         assert cache is not None
         assert images is not None
         assert world is not None
-        if not worse_than_nearest(cache, images, out, world.mean):
+        if not worse_than_nearest(cache, images, out, world.mean, world.size):
             return out
         importance = [self.importance_of(unit) for unit in range(len(self.student))]
         judged = images[cache.judged]

@@ -144,8 +144,8 @@ class Taking(QuickName, Steps):
         rounding, scales = self.method.rate_factors(progress)
         scale_lr = scales * self.scale_lr
         self._set_rates(rounding=rounding * self.rounding_lr, scales=scale_lr, corrections=scale_lr)
-        self._drop.seed(mixed_seed(self.seed, self.global_rank), seed)
         self._drop.active = progress < self.method.drop_until
+        self._drop.seed(mixed_seed(self.seed, self.global_rank), seed)
         beta = annealed_beta(self.method.rounding_progress(progress))
         there = self._records or self.device.type == "cuda"
         return self._numbers.put("beta", beta, self.device) if there and beta is not None else beta
@@ -202,7 +202,7 @@ class Taking(QuickName, Steps):
             group["lr"] = self._numbers.put(group["name"], rate, self.device) if there else rate
 
     def _tell(self, name: str, step: int, terms: dict[str, Tensor]) -> None:
-        """Terms to bar and loggers every `log_every_n_steps` optimisation steps, but at most once for each batch.
+        """Terms to bar and loggers every `log_every_n_steps` optimisation steps, or for every batch if it has more.
 
         To the report as often, or `_POINTS` times a unit.
         """

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import getitem
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -28,11 +28,8 @@ class Tape(TorchDispatchMode):
     """Inside `with tape:` every operation is done and taken down.
 
     Attributes:
-        running: the tape that takes down now.
         faithful: nothing was seen whose result Python may have gone by, or that may have changed what was there before.
     """
-
-    running: ClassVar[Tape | None] = None
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -40,22 +37,14 @@ class Tape(TorchDispatchMode):
         self._graph = fx.Graph()
         self._nodes = WeakTensorKeyDictionary()  # of tensors, which live no longer for being on a tape
         self._found: dict[fx.Node, Any] = {}  # what was there before, by the placeholder for it
+        self._there: set[int] = set()  # the memory of that
         self._paused = False
-
-    def __enter__(self) -> Tape:
-        Tape.running = self
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        Tape.running = None
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         if self._paused:
             return result
-        self.faithful &= self._is_foreseeable(function, tree_leaves((args, kwargs)))
+        self.faithful &= self._is_foreseeable(function, args, kwargs or {})
         if function in _SAME:
             self._nodes[result] = self._argument(args[0])
         else:
@@ -78,9 +67,11 @@ class Tape(TorchDispatchMode):
         It computes without gradients, and holds nothing longer than an operation needs it.
         """
         self._graph.output(tree_map(self._argument, results))
-        forward = fx.GraphModule(nn.Module(), self._graph).forward
-        found = [self._found[node] for node in self._graph.nodes if node.op == "placeholder"]
-        return torch.no_grad()(lambda: forward(*found))
+        code = self._graph.python_code("self")
+        names = dict(code.globals)
+        exec(code.src, names)  # not a GraphModule: torch.fx keeps the source of each for good
+        forward, found = names["forward"], [self._found[x] for x in self._graph.nodes if x.op == "placeholder"]
+        return torch.no_grad()(lambda: forward(None, *found))
 
     def _add(self, function: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> None:
         node = self._graph.call_function(function, *tree_map(self._argument, (args, kwargs)))
@@ -91,14 +82,19 @@ class Tape(TorchDispatchMode):
                 if isinstance(part, Tensor):
                     self._nodes[part] = self._graph.call_function(getitem, (node, i))
 
-    def _is_foreseeable(self, function: Any, arguments: list[Any]) -> bool:
+    def _is_foreseeable(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether Python can't have gone by the result, nor `function` have changed what was there before."""
-        tensors = [x for x in arguments if isinstance(x, Tensor)]
-        if function._schema.is_mutable and any(x not in self._nodes or self._nodes[x] in self._found for x in tensors):
-            return False
+        if function._schema.is_mutable:
+            given = {x.name: value for x, value in zip(function._schema.arguments, args, strict=False)} | kwargs
+            written = [x.name for x in function._schema.arguments if x.alias_info is not None and x.alias_info.is_write]
+            if any(self._was_there(x) for x in tree_leaves([given.get(name) for name in written])):
+                return False
         if function is torch.ops.aten.index.Tensor:  # its shape depends on numbers if a mask is among its indices
-            return not any(x.dtype in (torch.bool, torch.uint8) for x in tensors[1:])
+            return not any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
         return not _UNFORESEEABLE.intersection(function.tags)
+
+    def _was_there(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and (x not in self._nodes or x.untyped_storage()._cdata in self._there)
 
     def _argument(self, x: Any) -> Any:
         """What stands for `x` on the tape."""
@@ -111,6 +107,7 @@ class Tape(TorchDispatchMode):
         self._found[node] = x
         if isinstance(x, Tensor):
             self._nodes[x] = node
+            self._there.add(x.untyped_storage()._cdata)
         return node
 
 
@@ -123,3 +120,12 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         function = getattr(self._module, name)
         return lambda *args: self._tape.call(function, *args)
+
+
+def recording() -> Tape | Literal[False] | None:
+    """The tape that takes down this thread's operations, None if there is none; False if another mode sees them too."""
+    modes = torch._C._len_torch_dispatch_stack()
+    if not modes:
+        return None
+    mode = torch._C._get_dispatch_stack_at(0)
+    return mode if modes == 1 and isinstance(mode, Tape) else False

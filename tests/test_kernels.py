@@ -11,6 +11,7 @@ import sys
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,6 +128,9 @@ def test_what_is_traced_or_of_another_type_gets_operations() -> None:
     for x in (torch.ones(2).double(), torch.ones(2).bfloat16(), torch.ones(2, device="meta")):
         assert kernels.kernels_for(x) is None
     assert kernels.kernels_for(FakeTensorMode().from_tensor(torch.ones(2))) is None
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert kernels.kernels_for(x) is None
+    assert kernels.kernels_for(torch.tensor([1.0 + 2.0j]).conj().imag) is None
     x, log_scale = torch.randn(3, 4), torch.tensor(-0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is deprecated
@@ -142,11 +146,50 @@ def test_what_is_not_a_number_is_seen_in_the_loss() -> None:
     assert F.undecided([h], 2.0).isnan()
 
 
-@pytest.mark.parametrize("compiler", ["nowhere", "false"])
-def test_without_a_compiler_operations_are_left(compiler: str) -> None:
-    """One that is not there falls back on the system's; one that fails, or none at all, on torch's operations."""
-    code = "from lightning_ptq import kernels; print(kernels.cpu_kernels())"
-    environment = os.environ | {"CC": compiler} | ({"PATH": ""} if compiler == "nowhere" else {})
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], env=environment)
-    assert done.stdout.strip() == "None", done.stderr
+@needs_compiler
+@pytest.mark.parametrize("compiler", ["nowhere", "false", "gcc '"])
+def test_a_compiler_that_fails_falls_back_on_the_system_s(compiler: str) -> None:
+    assert found_with(CC=compiler) == "module"
+
+
+def test_without_a_compiler_operations_are_left() -> None:
+    assert found_with(CC="nowhere", PATH="") == "NoneType"
+
+
+def found_with(**changes: str) -> str:
+    """What `cpu_kernels` is in a process of such an environment."""
+    code = "from lightning_ptq import kernels; print(type(kernels.cpu_kernels()).__name__)"
+    settings: dict[str, Any] = {"cwd": Path(__file__).parents[1], "env": os.environ | changes}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, **settings
+    ).stdout.strip()
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "importance",
+    [torch.ones(()).expand(6), torch.arange(12.0)[::2], torch.ones(6, dtype=torch.float64), torch.ones(6)],
+    ids=["expanded", "strided", "float64", "plain"],
+)
+def test_whatever_importance_weighs_like_formulas(importance: Tensor) -> None:
+    student, teacher = torch.randn(2, 4, 6, 5, 5)
+    wanted = (importance.view(-1, 1, 1) * (student - teacher).square()).sum() / 100
+    torch.testing.assert_close(reconstruction_loss(student, teacher, importance), wanted.to(torch.float32))
+
+
+@needs_compiler
+def test_gains_of_any_shape_scale_like_formulas() -> None:
+    alpha, low, step = torch.randn(3, 5, 4, 1, 1)
+    for shape in ((5, 1, 1, 1), (1, 1, 1, 1), (1, 4, 1, 1), (5, 4, 1, 1)):
+        log_gain = torch.randn(shape)
+        weight, h = F.soft_round(alpha, low, step, log_gain)
+        torch.testing.assert_close(weight, (low + step * F.rectified_sigmoid(alpha)) * log_gain.exp())
+        torch.testing.assert_close(h, F.rectified_sigmoid(alpha))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x, log_scale = torch.randn(5, requires_grad=True), torch.zeros(())
+    y = F.fake_quantize(x, log_scale, -2.0, 1.0).square().sum()
+    (gradient,) = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()

@@ -130,9 +130,9 @@ def test_a_network_that_is_worse_as_a_whole_is_put_back(
     """Whether or not there is a last epoch; units were accepted one by one."""
     judge = session.worse_than_nearest
 
-    def spoilt(cache: UnitCache | NetworkCache, images: Tensor, out: Tensor, mean: Any) -> bool:
-        assert not judge(cache, images, out, mean)
-        return judge(cache, images, out.flip(0), mean)
+    def spoilt(cache: UnitCache | NetworkCache, images: Tensor, out: Tensor, *args: Any) -> bool:
+        assert not judge(cache, images, out, *args)
+        return judge(cache, images, out.flip(0), *args)
 
     monkeypatch.setattr(session, "worse_than_nearest", spoilt)
     module = fitted(tmp_path, network_steps=steps)
@@ -173,6 +173,19 @@ def test_half_of_a_dozen_images_may_grow_by_chance() -> None:
     before, after = torch.full((25,), 2e-4), torch.full((25,), 2e-4)
     before[13:], after[13:] = 0.2, 0.1
     after[0] = 9e-3
-    assert no_worse(after, before, lambda x: x, 1.5)
+    assert no_worse(after, before, lambda x: x, usual_growth=1.5)
     after[:13] = 4e-4  # all of them grow
-    assert not no_worse(after, before, lambda x: x, 1.5)
+    assert not no_worse(after, before, lambda x: x, usual_growth=1.5)
+
+
+def test_chance_is_that_of_the_images_of_all_processes() -> None:
+    """The same mean growth of four times as many images is less likely to be chance."""
+    before, after = torch.ones(40), torch.ones(40)
+    before[20:] = after[20:] = 5.0
+    after[20] = 3.0
+    after[:20] += torch.tensor([3.0, -2.5] * 10)  # a growth of a quarter, at 0.4 standard errors
+    after[:20] += 0.1
+    before[20] = 30.0
+    one, many = (no_worse(after, before, lambda x: x, processes=n) for n in (1, 400))
+    assert one
+    assert not many

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from lightning_ptq import PTQModule, QuantConfig, taking
 from lightning_ptq.cpu_replay import CpuReplay, can_be_taped
@@ -52,9 +54,14 @@ def fit(folder: Path, of: Callable[[], PTQModule], **changes: Any) -> tuple[PTQM
         {"method": "flexround"},
         {"method": "brecq", "network_rounding_lr": 1e-3},
         {"steps_per_batch": 7},
+        {"contrastive": {"negatives": "bank", "feature": "projection", "every": 2}},
+        {"granularity": "layer"},
+        {"settle": 0.5},
+        {"cache": "disk", "cache_dtype": "bfloat16"},
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("both_ways")
 def test_recorded_steps_are_the_same_steps(tmp_path: Path, changes: dict[str, Any]) -> None:
     settings = {"steps_per_unit": 30, "network_steps": 9} | changes
     fits = [
@@ -71,22 +78,32 @@ def test_recorded_steps_are_the_same_steps(tmp_path: Path, changes: dict[str, An
 def test_a_recording_reads_what_changes(tmp_path: Path) -> None:
     """Half precision casts anew what a step has changed."""
     settings = {"steps_per_unit": 30}
-    modules = [
-        fit(tmp_path / str(on), lambda on=on: tiny_module(record_steps=on, **settings), precision="bf16-mixed")[0]  # type: ignore[misc]
+    (recorded, count), (usual, none) = (
+        fit(tmp_path / str(on), lambda on=on: tiny_module(record_steps=on, **settings), precision="bf16-mixed")  # type: ignore[misc]
         for on in (True, False)
-    ]
-    assert_equal_states(*map(quantization_state, modules))
+    )
+    assert count > none == 0
+    assert_equal_states(quantization_state(recorded), quantization_state(usual))
 
 
 def test_resume_in_the_middle_of_recorded_steps(tmp_path: Path) -> None:
-    def fitted(name: str, max_steps: int = -1, ckpt_path: Path | None = None) -> PTQModule:
-        module = tiny_module(steps_per_unit=60, contrastive=True)
-        trainer(tmp_path / name, max_steps=max_steps).fit(module, datamodule=tiny_data(), ckpt_path=ckpt_path)
-        return module
+    """By default, five steps to a batch from 500 on; a batch that was begun is begun again."""
 
-    whole = fitted("whole")
-    fitted("stopped", max_steps=115)
-    resumed = fitted("resumed", ckpt_path=tmp_path / "stopped" / "checkpoints" / "last.ckpt")
+    def module() -> PTQModule:
+        return tiny_module(steps_per_unit=500, network_steps=0, method="adaround")
+
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:  # type: ignore[override]
+            trainer.should_stop = trainer.global_step == 133
+
+    whole, count = fit(tmp_path / "whole", module)
+    assert count >= 2
+    assert whole.steps_per_batch == 5
+    assert whole.trainer.global_step == 4 * 100
+    trainer(tmp_path / "stopped", callbacks=[Stop()]).fit(module(), datamodule=tiny_data())
+    resumed = module()
+    checkpoint = tmp_path / "stopped" / "checkpoints" / "last.ckpt"
+    trainer(tmp_path / "resumed").fit(resumed, datamodule=tiny_data(), ckpt_path=checkpoint)
     assert_equal_states(quantization_state(resumed), quantization_state(whole))
 
 
@@ -117,6 +134,42 @@ def test_user_layers_and_hooks_are_not_recorded() -> None:
     assert not can_be_taped(nn.Sequential(net, Peeking()))
     net[0].register_forward_hook(lambda *args: None)
     assert not can_be_taped(net)
+
+
+def doubled_if_large(x: Tensor) -> Tensor:
+    return x * 2.0 if float(x.detach().sum()) > 0.0 else x
+
+
+def test_functions_that_the_graph_calls_by_name_are_looked_at() -> None:
+    graph = fx.Graph()
+    graph.output(graph.call_function(torch.relu, (x := graph.placeholder("x"),)))
+    assert can_be_taped(fx.GraphModule(nn.Module(), graph))
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_function(doubled_if_large, (x,)))
+    assert not can_be_taped(fx.GraphModule(nn.Module(), graph))
+
+
+def test_hooks_of_all_modules_are_looked_at() -> None:
+    handle = register_module_forward_hook(lambda *args: None)
+    try:
+        assert not can_be_taped(nn.ReLU())
+    finally:
+        handle.remove()
+
+
+def test_a_subclass_that_looks_at_gradients_sees_each_of_them(tmp_path: Path) -> None:
+    seen = []
+
+    class Looking(PTQModule):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            seen.append(self.global_step)
+
+    module = Looking(
+        tiny_net(), QuantConfig(2, 2), steps_per_unit=200, network_steps=0, batch_size=8, method="adaround"
+    )
+    trainer(tmp_path).fit(module, datamodule=tiny_data())
+    assert len(seen) == module.trainer.global_step == 4 * 200
 
 
 def test_a_network_with_a_user_s_layer_is_calibrated_without_recordings(tmp_path: Path) -> None:
@@ -164,13 +217,17 @@ def test_a_step_that_goes_by_its_numbers_is_not_recorded() -> None:
     assert not replay.recordings
 
 
-def test_a_step_that_changes_what_was_there_is_not_recorded() -> None:
+@pytest.mark.parametrize("through_a_view", [False, True])
+def test_a_step_that_changes_what_was_there_is_not_recorded(through_a_view: bool) -> None:
     """Proving the recording would change it twice."""
-    replay, weight, state = CpuReplay(), nn.Parameter(torch.ones(3)), torch.zeros(())
+    replay, weight, state = CpuReplay(), nn.Parameter(torch.ones(3)), torch.zeros(1)
 
     def moving() -> Tensor:
-        state.add_(1.0)
-        return weight.sum() * state
+        if through_a_view:
+            state.view(1, 1)[0].add_(1.0)
+        else:
+            state.add_(1.0)
+        return weight.sum() * state[0]
 
     losses = [float(take(replay, moving, weight)[0]) for _ in range(5)]
     assert losses == [3.0, 6.0, 9.0, 12.0, 15.0]
@@ -230,3 +287,27 @@ def test_a_tape_keeps_nothing_alive() -> None:
         x = torch.ones(1000).mul(2.0)
         x = x.mul(3.0)
     assert len(tape._nodes) == 1
+    again = tape.again(x)
+    made = weakref.ref(x)
+    del x, tape
+    assert made() is None
+    assert float(again().sum()) == 6000.0
+
+
+def test_what_no_tape_can_take_is_calibrated_as_usual() -> None:
+    replay, weight = CpuReplay(), nn.Parameter(torch.ones(3))
+
+    class Refusing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            if torch._C._len_torch_dispatch_stack():
+                raise NotImplementedError("no mode may see this")
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad
+
+    losses = [float(take(replay, lambda: Refusing.apply(weight).sum(), weight)[0]) for _ in range(4)]
+    assert losses == [3.0] * 4
+    assert not replay.recordings

@@ -192,6 +192,16 @@ def test_the_allocation_is_the_best_of_all(budget: Any, average: float, seed: in
     assert set(chosen.activations) == {"q", "r"}
 
 
+@pytest.mark.parametrize("least", [0.0, -1e-9, 1e-30])
+def test_what_is_next_to_nothing_at_eight_bits_makes_no_other_free(least: float) -> None:
+    """Divergences near 0 are noise of float32; each bit takes off three quarters at most."""
+    found = {key: least if key[2] == 8 else 1.0 / 4.0 ** key[2] for key in random_costs(0)}
+    chosen = allocate(LAYERS, found, COSTS, 5.0, "bops")
+    bits = chosen.weights | chosen.activations
+    wanted = sum(max(least, 0.0) if b == 8 else 4.0**-b for b in bits.values())
+    assert chosen.divergence == pytest.approx(wanted, rel=1e-6, abs=1e-8)
+
+
 @pytest.mark.parametrize("worst", [float("inf"), float("nan")])
 def test_bits_at_which_predictions_overflow_are_not_chosen(worst: float) -> None:
     cheap = {key: 0.0 if key[2] == 2 else cost + 5.0 for key, cost in random_costs(0).items()}

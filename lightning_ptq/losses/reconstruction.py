@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import mse_loss
 
 from lightning_ptq.functional import binade, dot, is_dense
@@ -22,8 +23,10 @@ def reconstruction_loss(student: Tensor, teacher: Tensor, importance: Tensor | N
     """
     if importance is None:
         return mse_loss(student.float(), teacher.float()) * student.shape[1]
-    teacher = teacher.float()
-    kernels = kernels_for(student) if is_dense(student) and student.stride() == teacher.stride() else None
+    teacher, importance = teacher.float(), importance.float()
+    alike = student.shape == teacher.shape and student.stride() == teacher.stride() and is_dense(student)
+    plain = importance.shape == student.shape[1:2] and importance.is_contiguous()
+    kernels = kernels_for(student) if alike and plain else None
     student = student if kernels is not None and student.dtype == torch.bfloat16 else student.float()
     result: Tensor = _WeightedError.apply(student, teacher, importance, kernels)
     return result
@@ -54,6 +57,7 @@ class _WeightedError(torch.autograd.Function):
         return dot(error, weighted).div_(ctx.count)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         factor = 2.0 / ctx.count
         if ctx.kernels is not None:
