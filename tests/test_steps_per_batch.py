@@ -78,7 +78,7 @@ def test_who_looks_at_gradients_sees_each_of_them(tmp_path: Path) -> None:
 
     assert leaves_gradients_alone(trainer(tmp_path))
     assert not leaves_gradients_alone(trainer(tmp_path, callbacks=[Norms()]))
-    with pytest.raises(PTQError, match="no callback that looks at"):
+    with pytest.raises(PTQError, match="no callback or module hook that looks at"):
         fit(tmp_path, 4, callbacks=[Norms()])
 
 
