@@ -17,8 +17,6 @@ from lightning_ptq.graph.units import Chain
 from lightning_ptq.quantizers import ActQuantizer
 from lightning_ptq.sensitivity import BITS, Kind
 
-# What a tensor may get. What 5 and 6 bits cost is not measured (`BITS`): it lies between 4 and 8.
-CHOICES = (2, 3, 4, 5, 6, 8)
 # A layer with bits of its weight and of what it reads.
 Pair = tuple[LayerPlan, int, int]
 
@@ -82,22 +80,22 @@ def allocate(
     free = _free(layers)
     tensors = sorted({layer.reads for layer in free})
     held = _held(layers, budget)
-    widths = {name: [held[name]] if name in held else list(CHOICES) for name in tensors}
-    pairs: list[Pair] = [(layer, w, a) for layer in free for w in CHOICES for a in widths[layer.reads]]
+    widths = {name: [held[name]] if name in held else list(BITS) for name in tensors}
+    pairs: list[Pair] = [(layer, w, a) for layer in free for w in BITS for a in widths[layer.reads]]
     activations = [(name, a) for name in tensors for a in widths[name]]
 
     price = [multiply_adds[layer.name] * w * a if budget == "bops" else layer.parameters * w for layer, w, a in pairs]
     unit_price = sum(multiply_adds[layer.name] if budget == "bops" else layer.parameters for layer in free)
     limit = unit_price * average_bits ** (2 if budget == "bops" else 1)
-    loss = [_divergence(found, "weight", layer.name, w) for layer, w, _ in pairs]
-    loss += [0.0 if name in held else _divergence(found, "activation", name, a) for name, a in activations]
+    loss = [found["weight", layer.name, w] for layer, w, _ in pairs]
+    loss += [0.0 if name in held else found["activation", name, a] for name, a in activations]
 
     within = np.append(np.array(price) / limit, np.zeros(len(activations)))
     chosen = _least(np.array(loss), [_consistent(pairs, activations), LinearConstraint(within, 0.0, 1.0)])
     if chosen is None:
         raise PTQError(
             f"average_bits={average_bits:g} is too little: with what edges and overrides fix, no choice of "
-            f"{', '.join(map(str, CHOICES))} bits is that cheap. Give more, or fix less."
+            f"{', '.join(map(str, BITS))} bits is that cheap. Give more, or fix less."
         )
     taken = [pair for pair, on in zip(pairs, chosen, strict=False) if on]
     cost = sum(p for p, on in zip(price, chosen, strict=False) if on) / unit_price
@@ -107,20 +105,6 @@ def allocate(
         float(np.array(loss)[chosen].sum()),
         float(cost),
     )
-
-
-def _divergence(found: Divergences, kind: Kind, name: str, bits: int) -> float:
-    """That of a tensor at these bits.
-
-    Between measured ones each bit takes off the same factor, but no more than of rounding noise, which is a quarter: at
-    8 bits what was measured may be next to nothing.
-    """
-    if bits in BITS:
-        return found[kind, name, bits]
-    fewer, more = max(b for b in BITS if b < bits), min(b for b in BITS if b > bits)
-    share, start, end = (bits - fewer) / (more - fewer), found[kind, name, fewer], found[kind, name, more]
-    between = max(start, 0.0) ** (1.0 - share) * max(end, 0.0) ** share
-    return float(max(between, start / 4.0 ** (bits - fewer)))
 
 
 def _consistent(pairs: Sequence[Pair], activations: Sequence[tuple[str, int]]) -> LinearConstraint:

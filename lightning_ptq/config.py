@@ -51,8 +51,8 @@ class QuantConfig:
         pairs: the same for what lies between two layers, with at most a ReLU there: halfway ("smooth") or not ("none").
         softmax: grid of what a softmax gives: "uniform", or powers of two ("log2"), which resolve small probabilities;
             simulation only, no runtime has it.
-        average_bits: choose the bits of every layer that neither `edges` nor `overrides` fix from 2, 3, 4, 5, 6 and 8,
-            by what they cost on the calibration images (`allocation.py`); None gives all of them `weight_bits` and
+        average_bits: choose the bits of every layer that neither `edges` nor `overrides` fix from 2, 3, 4 and 8, by
+            what they cost on the calibration images (`allocation.py`); None gives all of them `weight_bits` and
             `act_bits`.
         budget: what `average_bits` bounds: "bops", multiply-adds times the bits of both factors, to what they were with
             so many bits throughout; or "size", the bits of the weights, while activations have `act_bits`.
