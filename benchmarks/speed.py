@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {},
     "tuned": {},
     "unrecorded": {"record_steps": False},
-    "one": {"steps_per_batch": 1},
+    "units": {"network_steps": 0},
     "operations": {"record_steps": False, "steps_per_batch": 1},
     "contrastive": {"contrastive": True},
     "paper": {"corrections": False, "network_steps": 0, "drop_until": 1.0},

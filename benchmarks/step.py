@@ -1,15 +1,14 @@
 """Where the time of a calibration step goes, unit by unit: `python -m benchmarks.step --root FOLDER`.
 
 In every unit blocks of steps taken by Lightning's loop alternate with blocks of the same steps taken by a bare one
-(fetch, `training_step`, backward, optimizer); medians of both. What the bare step consists of comes from torch's
-profiler, which sees operations, and whatever time remains is Python's: shares are those of the operations taken one by
-one, not played back. The limit is the unit's arithmetic, forward and
-backward, at the rate that this machine multiplies large matrices with.
+(fetch, `training_step`, backward, optimizer); medians of both. What a step consists of comes from torch's profiler,
+which sees operations, so these are taken one by one then, not played back; what time remains is Python's. The limit
+is the unit's arithmetic, forward and backward, at the rate that this machine multiplies large matrices with.
 
-Columns: ms of a step; what Lightning adds to it in percent of it; then shares of the bare step in percent: layers
-(convolutions and matrix products), fake-quantization, rounding with its regulariser, loss, optimizer, fetching the
-minibatch, other operations (activations, additions, mixing), Python; and the step's time over its limit. On a GPU
-`python` is the time in which it does nothing.
+Columns: ms of a step; what Lightning adds to it in percent of it; ms of a bare step whose operations are taken one by
+one; shares in percent of that (on a GPU of the recorded step): layers (convolutions and matrix products), fake-
+quantization, rounding with its regulariser, loss, optimizer, fetching the minibatch, other operations (activations,
+additions, mixing), Python (on a GPU the time in which it does nothing); and the step's time over its limit.
 """
 
 from __future__ import annotations
@@ -117,6 +116,10 @@ class Measure(L.Callback):
     def row(self, module: ptq.PTQModule, step: int) -> dict[str, Any]:
         """What was found about the unit in progress; operation by operation, and not played back."""
         module._records = False
+        self.steps(module, step, 2)
+        start = time.perf_counter()
+        self.steps(module, step)
+        single = 1000 * (time.perf_counter() - start) / BLOCK
         with FlopCounterMode(display=False) as counter:
             self.steps(module, step, 1)
         with torch.profiler.profile() as profiler:
@@ -132,13 +135,15 @@ class Measure(L.Callback):
         per_step = {part: sum(total.get(key, 0) for key in keys) / 1000 / BLOCK for part, keys in PARTS.items()}
         operations = own / 1000 / BLOCK
         per_step["other"] = operations - sum(per_step.values())
-        per_step["python"] = bare - operations
+        whole = bare if kind == "device" else single
+        per_step["python"] = whole - operations
         limit = 1000 * counter.get_total_flops() / self.rate
         return {
             "unit": module.epoch_names[module.trainer.current_epoch],
             "ms": looped,
             "lightning": 100 * (looped - bare) / looped,
-            **{part: 100 * ms / bare for part, ms in per_step.items()},
+            "single": single,
+            **{part: 100 * ms / whole for part, ms in per_step.items()},
             "limit_ms": limit,
             "over_limit": looped / limit,
         }
@@ -180,10 +185,13 @@ def main() -> None:
         ).fit(module, datamodule=ptq.CalibrationDataModule.from_loaders([images], calibration_samples=len(images)))
     where = torch.cuda.get_device_name() if args.accelerator == "gpu" else f"{torch.get_num_threads()} threads"
     print(f"\n{args.job}, {args.variant}, {where}, {rate / 1e9:.0f} GFLOP/s in matrix products, commit {commit()}\n")
-    columns = ["ms", "lightning", *PARTS, "other", "python", "limit_ms", "over_limit"]
+    columns = ["ms", "lightning", "single", *PARTS, "other", "python", "limit_ms", "over_limit"]
     print(f"{'unit':<16}" + "".join(f"{column:>11}" for column in columns))
     for row in measure.rows:
-        print(f"{row['unit']:<16}" + "".join(f"{row[key]:>11.{1 + ('ms' in key)}f}" for key in columns))
+        print(
+            f"{row['unit']:<16}"
+            + "".join(f"{row[key]:>11.{1 + (key in ('ms', 'single', 'limit_ms'))}f}" for key in columns)
+        )
     total = {key: sum(row[key] for row in measure.rows) for key in ("ms", "limit_ms")}
     lightning = sum(row["ms"] * row["lightning"] for row in measure.rows) / total["ms"]
     print(f"one step each: {total['ms']:.1f} ms, {lightning:.1f} % of it Lightning's; limit {total['limit_ms']:.1f} ms")
