@@ -213,10 +213,18 @@ def no_worse(
     numbers = after.mean(), before.mean(), after[usual].mean(), before[usual].mean(), growth.mean()
     new, old, new_half, old_half, average, square, count = mean(
         torch.stack([*numbers, growth.square().mean(), usual.sum().to(growth.dtype)])
-    )
-    error = ((square - average.square()).clamp(min=0.0) / (count * processes)).sqrt()
-    half = new_half.isfinite() & ((new_half <= old_half * usual_growth) | (average <= CHANCE * error))
-    return bool(new.isfinite() & (new <= old) & half)
+    ).double()
+    half = (new_half <= old_half * usual_growth) | is_chance(average, square, count * processes)
+    return bool(new.isfinite() & new_half.isfinite() & (new <= old) & half)
+
+
+def is_chance(average: Tensor, square: Tensor, count: Tensor | int) -> Tensor:
+    """Whether a growth whose mean over `count` images is `average`, and that of its square `square`, may be chance.
+
+    All () and float64; not where it is NaN or overflows.
+    """
+    error = ((square - average.square()).clamp(min=0.0) / count).sqrt()
+    return square.isfinite() & (average <= CHANCE * error)
 
 
 class Comparison:

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_BLOCK = 4096  # as in the C source
+# Elements of one part of a sum.
+_BLOCK = 4096
 # Tensors below are done sooner than a second thread wakes up.
 _FEW = 2**15
 # No contraction, and nothing of -ffast-math that changes results: what has torch's operations has their bits.
@@ -41,7 +42,8 @@ def _compiled_by(compiler: str) -> tuple[CDLL, str] | None:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "kernels.so")
         # gcc's OpenMP finds its functions in the library that torch has loaded, so that both have one pool of threads.
-        options = [*_FLAGS.split(), "-o", str(library), str(Path(__file__).with_suffix(".c")), "-lm"]
+        source = str(Path(__file__).with_suffix(".c"))
+        options = [*_FLAGS.split(), f"-DBLOCK={_BLOCK}", "-o", str(library), source, "-lm"]
         try:
             subprocess.run([*shlex.split(compiler), *options], check=True, capture_output=True, timeout=60)
             return CDLL(str(library)), hashlib.sha256(library.read_bytes()).hexdigest()[:16]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ptq.cache import Minibatch, Rows, UnitCache, gathered, judged_rows
-from lightning_ptq.calibration import CHANCE, Comparison, UnitReport, no_worse, report, restore_initial
+from lightning_ptq.calibration import Comparison, UnitReport, is_chance, no_worse, report, restore_initial
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.losses.prediction import prediction_errors
 from lightning_ptq.losses.reconstruction import squared_errors
@@ -158,10 +158,8 @@ def _within_chance(cache: NetworkCache, start: NetworkStart, out: Tensor, mean: 
         before = run_chunked(cache.student, cache.images[rows], cache.device, cache.store)
     now, then = (_each(prediction_errors, x, cache.features[rows], cache.device) for x in (out[rows], before))
     growth = now - then
-    average, square = mean(torch.stack([growth.mean(), growth.square().mean()])).double().tolist()
-    count = len(growth) * processes  # all hold out equally many
-    error = math.sqrt(max(square - average**2, 0.0) / count) if math.isfinite(square) else math.nan
-    return bool(average <= CHANCE * error)  # False for NaN
+    average, square = mean(torch.stack([growth.mean(), growth.square().mean()])).double()
+    return bool(is_chance(average, square, len(growth) * processes))  # all hold out equally many
 
 
 def _errors(cache: NetworkCache, out: Tensor, mean: Mean) -> tuple[float, float]:
