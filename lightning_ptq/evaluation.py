@@ -35,12 +35,14 @@ class Evaluation(L.LightningModule):
         """The quantized model's output for images (N, C, H, W); of a part's model, whatever that takes and returns.
 
         Raises:
-            PTQError: more than images, such as labels or a detector's targets, which only training needs.
+            PTQError: more than images, such as labels or a detector's targets, which only training needs; or no
+                quantizer has a range yet, so that this would be the float network's output.
         """
         if further:
             raise PTQError(
                 f"the quantized network reads images alone, and got {len(further)} more. Call module(images)."
             )
+        self._check_ranges()
         return self.student(x) if self.surroundings is None else self.surroundings(x, self.student)
 
     def train(self, mode: bool = True) -> Evaluation:
@@ -132,8 +134,12 @@ class Evaluation(L.LightningModule):
 
     def _check_ranges(self) -> None:
         """A quantizer without ranges passes floats through; in a fit that is a sanity check, elsewhere an error."""
-        if self.trainer.state.fn != "fit" and not all(q.enabled for q in weight_quantizers(self.student)):
-            raise PTQError("the quantizers have no ranges yet: run fit first, or give ckpt_path, a fit's checkpoint.")
+        fits = self._trainer is not None and self._trainer.state.fn == "fit"
+        if not fits and not all(q.enabled for q in weight_quantizers(self.student)):
+            raise PTQError(
+                "the quantizers have no ranges yet: run fit first, or give a fit's checkpoint (ckpt_path of Trainer, "
+                "or PTQModule.load_from_checkpoint)."
+            )
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """The same as `validation_step`."""

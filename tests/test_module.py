@@ -333,8 +333,10 @@ def test_weight_quantizers_hold_hard_rounding_in_the_end(fitted) -> None:
 
 def test_a_student_without_ranges_is_not_passed_off_as_quantized(tmp_path: Path) -> None:
     for command in ("validate", "test", "predict"):
-        with pytest.raises(PTQError, match="no ranges yet: run fit first, or give ckpt_path"):
+        with pytest.raises(PTQError, match="no ranges yet: run fit first, or give a fit's checkpoint"):
             getattr(trainer(tmp_path), command)(tiny_module(), datamodule=tiny_data())
+    with pytest.raises(PTQError, match="no ranges yet: run fit first, or give a fit's checkpoint"):
+        tiny_module()(tiny_images(2))
 
 
 def test_a_refused_fit_leaves_the_module_as_it_was(tmp_path: Path) -> None:
