@@ -35,7 +35,8 @@ def cpu_kernels() -> Any:
     """The module `cpu_kernels`, compiled when it is imported; None where that fails."""
     try:
         return import_module("lightning_ptq.cpu_kernels")
-    except OSError:
+    except OSError as error:
+        warnings.warn(f"{error} was found, so that steps of calibration take longer: install gcc", stacklevel=2)
         return None
 
 

@@ -149,20 +149,21 @@ def test_what_is_not_a_number_is_seen_in_the_loss() -> None:
 @needs_compiler
 @pytest.mark.parametrize("compiler", ["nowhere", "false", "gcc '"])
 def test_a_compiler_that_fails_falls_back_on_the_system_s(compiler: str) -> None:
-    assert found_with(CC=compiler) == "module"
+    assert found_with(CC=compiler) == ("module", "")
 
 
 def test_without_a_compiler_operations_are_left() -> None:
-    assert found_with(CC="nowhere", PATH="") == "NoneType"
+    found, said = found_with(CC="nowhere", PATH="")
+    assert found == "NoneType"
+    assert "no C compiler with OpenMP was found, so that steps of calibration take longer: install gcc" in said
 
 
-def found_with(**changes: str) -> str:
-    """What `cpu_kernels` is in a process of such an environment."""
+def found_with(**changes: str) -> tuple[str, str]:
+    """What `cpu_kernels` is in a process of such an environment, and what that prints to stderr."""
     code = "from lightning_ptq import kernels; print(type(kernels.cpu_kernels()).__name__)"
     settings: dict[str, Any] = {"cwd": Path(__file__).parents[1], "env": os.environ | changes}
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, **settings
-    ).stdout.strip()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, **settings)
+    return done.stdout.strip(), done.stderr
 
 
 @needs_compiler
