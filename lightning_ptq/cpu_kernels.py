@@ -32,23 +32,24 @@ _FLAGS = "-std=c11 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math
 
 def _compiled() -> tuple[CDLL, str]:
     """The kernels, and a digest of their machine code."""
+    failed = []
     for compiler in (os.environ.get("CC"), sysconfig.get_config_var("CC"), "cc", "gcc", "clang"):
-        if compiler and (made := _compiled_by(compiler)) is not None:
-            return made
-    raise OSError("no C compiler with OpenMP")
+        if compiler:
+            try:
+                return _compiled_by(compiler)
+            except (OSError, ValueError, subprocess.SubprocessError) as error:
+                failed.append(f"{compiler!r}: {error}")
+    raise OSError(f"a C compiler with OpenMP is needed, such as gcc ({failed[-1]})")
 
 
-def _compiled_by(compiler: str) -> tuple[CDLL, str] | None:
+def _compiled_by(compiler: str) -> tuple[CDLL, str]:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "kernels.so")
         # gcc's OpenMP finds its functions in the library that torch has loaded, so that both have one pool of threads.
         source = str(Path(__file__).with_suffix(".c"))
         options = [*_FLAGS.split(), f"-DBLOCK={_BLOCK}", "-o", str(library), source, "-lm"]
-        try:
-            subprocess.run([*shlex.split(compiler), *options], check=True, capture_output=True, timeout=60)
-            return CDLL(str(library)), hashlib.sha256(library.read_bytes()).hexdigest()[:16]
-        except (OSError, ValueError, subprocess.SubprocessError):
-            return None
+        subprocess.run([*shlex.split(compiler), *options], check=True, capture_output=True, timeout=60)
+        return CDLL(str(library)), hashlib.sha256(library.read_bytes()).hexdigest()[:16]
 
 
 _p, _f, _n, _i = c_void_p, c_float, c_int64, c_int

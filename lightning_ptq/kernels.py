@@ -36,7 +36,7 @@ def cpu_kernels() -> Any:
     try:
         return import_module("lightning_ptq.cpu_kernels")
     except OSError as error:
-        warnings.warn(f"{error} was found, so that steps of calibration take longer: install gcc", stacklevel=2)
+        warnings.warn(f"nothing could be compiled, so that steps of calibration take longer: {error}", stacklevel=2)
         return None
 
 
