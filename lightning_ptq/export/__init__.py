@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from lightning_ptq.errors import PTQError
@@ -26,6 +27,7 @@ from lightning_ptq.export.parity import (
     passes,
 )
 from lightning_ptq.export.pt2 import as_outputs, load_pt2, lower_pt2, lowered, save_pt2
+from lightning_ptq.memory import unit_shapes
 
 if TYPE_CHECKING:
     from lightning_ptq.module import PTQModule
@@ -97,7 +99,7 @@ def compare_lowered(module: PTQModule, path: str | Path, images: Tensor | None =
     Arguments as those of `export_pt2`, errors as those of `lower_pt2`.
     """
     path = Path(path)
-    images = calibration_images(module) if images is None else module.checked(images)
+    images = calibration_images(module) if images is None else given_images(module, images)
 
     def write(to: Path, every_unit: bool) -> None:
         save_pt2(module.student, tuple(images.shape[1:]), to, every_unit)
@@ -116,7 +118,7 @@ def compare_lowered(module: PTQModule, path: str | Path, images: Tensor | None =
 def prepare(module: PTQModule, path: Path, images: Tensor | None, overwrite: bool) -> tuple[Path, Tensor]:
     """Check what is to be exported; the images to compare on."""
     check_exportable(module, path, overwrite)
-    images = calibration_images(module) if images is None else module.checked(images)
+    images = calibration_images(module) if images is None else given_images(module, images)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path, images
 
@@ -151,13 +153,27 @@ def compared(
                     differs = plain
         if not passed:
             apart, few = path.with_name(f".{path.stem}.units{path.suffix}"), images[:_LOOKED_AT]
-            write(apart, True)
-            unit = first_difference(module.student, differs(apart)(few), few)
-            apart.unlink()
+            try:
+                write(apart, True)
+                unit = first_difference(module.student, differs(apart)(few), few)
+            finally:
+                apart.unlink(missing_ok=True)
     finally:
         module.train(was_training)
     size = path.stat().st_size
     return ParityReport(str(path), size, len(images), agreement, sqnr_db, largest, passed, plain_db, own_db, unit)
+
+
+def given_images(module: PTQModule, images: Tensor) -> Tensor:
+    """Images (N, C, H, W) in float32, as the student reads them; `PTQError` for others."""
+    if images.dtype != torch.float32 or images.dim() != 4 or not len(images):
+        raise PTQError(
+            f"parity needs images (N, C, H, W) in float32, and got {tuple(images.shape)} in "
+            f"{str(images.dtype).removeprefix('torch.')}. Give them as the model takes them: normalised, and a batch."
+        )
+    images = module.checked(images)
+    unit_shapes(module.teacher, tuple(images.shape[1:]))
+    return images
 
 
 def calibration_images(module: PTQModule) -> Tensor:

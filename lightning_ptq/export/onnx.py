@@ -16,7 +16,13 @@ from torch import Tensor, fx
 
 from lightning_ptq.convert import OPS, container, convert
 from lightning_ptq.errors import PTQError
-from lightning_ptq.export.rewrites import clips_behind, forget_origins, global_pools, integer_biases
+from lightning_ptq.export.rewrites import (
+    clips_behind,
+    forget_origins,
+    global_pools,
+    integer_biases,
+    quantized_moves,
+)
 from lightning_ptq.files import write_whole
 from lightning_ptq.graph.pack import pack_of
 from lightning_ptq.graph.units import Chain
@@ -60,7 +66,13 @@ def onnx_model(
     layers = [pair for unit in student.units for pair in quantized_layers(unit)]
     narrow_weights(exported, [name for name, layer in layers if layer.weight_quantizer.bits <= 4])
     clips_as_bounds(exported, small_grids(student))
-    for rewrite in (clips_behind, global_pools, *([integer_biases] if int32_biases else []), forget_origins):
+    for rewrite in (
+        clips_behind,
+        global_pools,
+        quantized_moves,
+        *([integer_biases] if int32_biases else []),
+        forget_origins,
+    ):
         rewrite(exported)
     entry = exported.metadata_props.add()
     entry.key, entry.value = "lightning_ptq", json.dumps(dict(metadata))
@@ -204,7 +216,11 @@ def save_onnx(model: ModelProto, path: Path) -> None:
 
 
 def load_onnx(path: Path, optimised: bool = True) -> Callable[[Tensor], Sequence[Tensor]]:
-    """What runs an ONNX model in ONNX Runtime, on the CPU: images (N, C, H, W) -> outputs; or as it is written."""
+    """What runs an ONNX model in ONNX Runtime, on the CPU: images (N, C, H, W) -> outputs; or as it is written.
+
+    Raises:
+        PTQError: ONNX Runtime can't load it.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -214,6 +230,12 @@ def load_onnx(path: Path, optimised: bool = True) -> Callable[[Tensor], Sequence
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of its own kinds, which have no name in common
+        raise PTQError(
+            f"ONNX Runtime {onnxruntime.__version__} can't load {str(path)!r}, which is kept: "
+            f"{' '.join(str(error).split())[:400]}. It knows uint8 best: act_symmetric=False."
+        ) from error
     name = session.get_inputs()[0].name
     return lambda images: [torch.from_numpy(y) for y in session.run(None, {name: images.cpu().numpy()})]

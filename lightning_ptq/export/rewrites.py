@@ -105,6 +105,31 @@ def global_pools(model: ModelProto) -> None:
     replace_nodes(model, nodes)
 
 
+def quantized_moves(model: ModelProto) -> None:
+    """Quantize what a pool or a view makes of int8 activations to the grid it is on already, in place.
+
+    ONNX Runtime does the same, but gives int8 the zero point of uint8 (1.32), and fails to load what it made.
+    """
+    from onnx.helper import make_node
+
+    values = constants(model)
+    grids: dict[str, list[str]] = {}  # an activation on an int8 grid -> scale and zero point of that
+    nodes: list[NodeProto] = []
+    for node in model.graph.node:
+        nodes.append(node)
+        if node.op_type == "DequantizeLinear" and node.input[0] not in values:
+            grid = list(node.input[1:])
+            if values[grid[1]].dtype == np.int8:
+                grids[node.output[0]] = grid
+        elif node.op_type in _MOVES and node.input[0] in grids:
+            name, grid = node.output[0], grids[node.input[0]]
+            node.output[0], integers = f"{name}_moved", f"{name}_integers"
+            nodes.append(make_node("QuantizeLinear", [node.output[0], *grid], [integers], name=f"{node.name}_quantize"))
+            nodes.append(make_node("DequantizeLinear", [integers, *grid], [name], name=f"{node.name}_dequantize"))
+            grids[name] = grid
+    replace_nodes(model, nodes)
+
+
 def forget_origins(model: ModelProto) -> None:
     """Drop what the exporter says about where each node came from, and shapes, in place: a third of a small file."""
     for node in model.graph.node:

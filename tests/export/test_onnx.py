@@ -104,7 +104,7 @@ def pooled_net() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Flatten(),
-        nn.LazyLinear(6), nn.ReLU(), nn.Linear(6, 5),
+        nn.Linear(72, 6), nn.ReLU(), nn.Linear(6, 5),
     ).eval()  # fmt: skip
 
 
@@ -115,10 +115,7 @@ def test_biases_are_simulated_as_the_runtime_rounds_them(
     """It makes int32 multiples of those between two quantizers of 8 bits, without being asked."""
     import onnxruntime
 
-    model = net()
-    with torch.no_grad():
-        model(tiny_images(2))  # the lazy layer's shape
-    module = ptq.PTQModule(model, QuantConfig(bits, 8), steps_per_unit=3, batch_size=8, seed=3)
+    module = ptq.PTQModule(net(), QuantConfig(bits, 8), steps_per_unit=3, batch_size=8, seed=3)
     trainer(tmp_path, logger=False).fit(module, datamodule=tiny_data())
     path, optimised = tmp_path / "model.onnx", tmp_path / "optimised.onnx"
     ptq.export_onnx(module, path)
@@ -143,6 +140,15 @@ def test_biases_are_simulated_as_the_runtime_rounds_them(
             np.testing.assert_allclose(integers * scale, bias, rtol=1e-5, atol=float(np.min(scale)) * 1e-2)
             rounded += 1
     assert rounded == sum(layer.gives is not None for layer in module.chains.layers) > 0
+
+
+@pytest.mark.parametrize("net", [tiny_net, pooled_net])
+def test_signed_activations_run_as_well(tmp_path: Path, net: Callable[[], nn.Module]) -> None:
+    quant = QuantConfig(8, 8, placement="hardware", weight_symmetric=True, act_symmetric=True)
+    module = ptq.PTQModule(net(), quant, "nearest", batch_size=8)
+    trainer(tmp_path, logger=False).fit(module, datamodule=tiny_data())
+    report = ptq.export_onnx(module, tmp_path / "model.onnx")
+    assert report.passed, report.text()
 
 
 def test_any_number_of_images_goes_in(tmp_path: Path) -> None:
@@ -250,6 +256,29 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path:
         ptq.export_onnx(done, path, tiny_images(4))
     assert path.read_text() == "precious"
     assert ptq.export_onnx(done, path, tiny_images(4), overwrite=True).passed
+
+
+def test_a_file_that_the_runtime_cannot_load_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"no model")
+    with pytest.raises(PTQError, match=r"ONNX Runtime .+ can't load '.*model.onnx', which is kept: .*Protobuf"):
+        load_onnx(tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (torch.zeros(4, 3, 8, 8, dtype=torch.uint8), r"float32, and got \(4, 3, 8, 8\) in uint8"),
+        (torch.zeros(3, 8, 8), r"float32, and got \(3, 8, 8\) in float32"),
+        (torch.zeros(0, 3, 8, 8), r"float32, and got \(0, 3, 8, 8\)"),
+        (torch.zeros(4, 1, 8, 8), r"images of shape \(1, 8, 8\) do not fit the model: unit 'stem'"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused(eight_bits: ptq.PTQModule, tmp_path: Path, images: Any, said: str) -> None:
+    for export in (ptq.export_onnx, ptq.export_pt2):
+        with pytest.raises(PTQError, match=said):
+            export(eight_bits, tmp_path / "model", images)
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: Any) -> None:
