@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ptq.errors import PTQError
-from lightning_ptq.evaluation import images_and_labels, pixel_labels
+from lightning_ptq.evaluation import class_labels, images_and_labels
 from lightning_ptq.export.onnx import load_onnx, require
 from lightning_ptq.export.packed import load_packed
 from lightning_ptq.export.pt2 import load_pt2
 from lightning_ptq.graph.trace import pick_output
-from lightning_ptq.metrics import NO_LABEL, MeanRate, OutputSQNR, classes, has_scores
+from lightning_ptq.metrics import MeanRate, OutputSQNR, classes, has_scores
 from lightning_ptq.module import PTQModule
 
 # The name of the model itself, before quantization.
@@ -181,10 +181,9 @@ def compare(first: Artifact, second: Artifact, batches: Iterable[Any]) -> Compar
             continue
         predicted = [classes(output) for output in outputs]
         agreement.update(predicted[1], predicted[0])
-        if labels is not None and outputs[0].dim() > 2:
-            labels = pixel_labels(labels, outputs[0])
-        if labels is not None and labels.shape == predicted[0].shape:
-            counted = labels != NO_LABEL if labels.dim() > 1 else slice(None)
+        labels = None if labels is None else class_labels(labels, outputs[0])
+        if labels is not None:
+            counted = labels >= 0
             for rate, prediction in zip(rates, predicted, strict=True):
                 rate.update(prediction[counted], labels[counted])
     if one is None:

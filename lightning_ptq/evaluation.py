@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -35,8 +37,8 @@ class Evaluation(L.LightningModule):
         """The quantized model's output for images (N, C, H, W); of a part's model, whatever that takes and returns.
 
         Raises:
-            PTQError: more than images, such as labels or a detector's targets, which only training needs; or no
-                quantizer has a range yet, so that this would be the float network's output.
+            PTQError: more than images, such as labels or a detector's targets, which only training needs; or some
+                quantizers have no ranges yet, so that this would be the float network's output.
         """
         if further:
             raise PTQError(
@@ -67,11 +69,9 @@ class Evaluation(L.LightningModule):
         outputs = {"teacher": run(self.teacher)}
         teacher = outputs["teacher"]
         has_classes = whole and has_scores(teacher)
-        labels = labels if has_classes else None
-        if labels is not None and teacher.dim() > 2:
-            labels = pixel_labels(labels, teacher)
-        if labels is not None and labels.shape == teacher.select(1, 0).shape:
-            counted = labels[labels != NO_LABEL] if teacher.dim() > 2 else labels
+        labels = None if labels is None or not has_classes else class_labels(labels, teacher)
+        if labels is not None:
+            counted = labels[labels >= 0]
             _check_labels(int(counted.max()) if len(counted) else 0, teacher.shape[1])
         if self.trainer.sanity_checking:
             return  # images and labels have passed; what Lightning measures here it throws away
@@ -109,12 +109,10 @@ class Evaluation(L.LightningModule):
 
     def _measure_labels(self, name: str, output: Tensor, labels: Tensor) -> None:
         """Compare an output with labels of images, or of pixels."""
-        if labels.shape != (predicted := classes(output)).shape:
-            return
         if output.dim() > 2:
             self._measure(f"{name}_miou", output, labels)
-            predicted, labels = (x[labels != NO_LABEL] for x in (predicted, labels))
-        self._measure(f"{name}_top1", predicted, labels)
+        counted = labels >= 0
+        self._measure(f"{name}_top1", classes(output)[counted], labels[counted])
 
     def on_validation_epoch_start(self) -> None:
         """What was found before says nothing about the network as it is now."""
@@ -134,7 +132,9 @@ class Evaluation(L.LightningModule):
 
     def _check_ranges(self) -> None:
         """A quantizer without ranges passes floats through; in a fit that is a sanity check, elsewhere an error."""
-        fits = self._trainer is not None and self._trainer.state.fn == "fit"
+        # A Trainer keeps `fn` behind a fit that failed.
+        state = None if self._trainer is None else self._trainer.state
+        fits = state is not None and (state.fn, state.status) == ("fit", TrainerStatus.RUNNING)
         if not fits and not all(q.enabled for q in weight_quantizers(self.student)):
             raise PTQError(
                 "the quantizers have no ranges yet: run fit first, or give a fit's checkpoint (ckpt_path of Trainer, "
@@ -157,12 +157,25 @@ class Evaluation(L.LightningModule):
         self.log(name, metric, on_step=False, on_epoch=True, batch_size=len(result))
 
 
-def pixel_labels(labels: Tensor, output: Tensor) -> Tensor:
-    """Labels (N, ...) of an output (N, C, ...); a dimension of one channel goes, and negative ones are `NO_LABEL`."""
+def class_labels(labels: Tensor, output: Tensor) -> Tensor | None:
+    """Labels (N, ...) of an output (N, C, ...), -1 where there is none; None, and a warning, if they are of other form.
+
+    A dimension of one channel goes. None are negative labels, and those of pixels that are `NO_LABEL`.
+    """
     if labels.dim() == output.dim() and labels.shape[1] == 1:
         labels = labels.squeeze(1)
+    if labels.shape != output.select(1, 0).shape:
+        warnings.warn(
+            f"labels of shape {tuple(labels.shape)} do not fit an output of shape {tuple(output.shape)}: top-1 is not "
+            "measured. Give the number of one class for each image, or pixel.",
+            stacklevel=2,
+        )
+        return None
     labels = labels.long()
-    return labels.where(labels >= 0, NO_LABEL)
+    there = labels >= 0
+    if output.dim() > 2:
+        there &= labels != NO_LABEL
+    return labels.where(there, -1)
 
 
 def _check_labels(largest: int, outputs: int) -> None:

@@ -152,8 +152,8 @@ class MeanIoU(Metric):
         self.add_state("confusion", torch.zeros(0, 0, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, output: Tensor, labels: Tensor) -> None:
-        """Add the network's output (N, C, ...) and labels (N, ...); pixels of label `NO_LABEL` do not count."""
-        count, labelled = output.shape[1], labels != NO_LABEL
+        """Add the network's output (N, C, ...) and labels (N, ...); negative ones and `NO_LABEL` do not count."""
+        count, labelled = output.shape[1], (labels >= 0) & (labels != NO_LABEL)
         if not len(self.confusion):
             self.confusion = self.confusion.new_zeros(count, count)
         pairs = labels[labelled] * count + classes(output)[labelled]

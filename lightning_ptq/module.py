@@ -330,6 +330,7 @@ class PTQModule(Resuming):
             # Epochs differ in length, and Lightning asks a loader for its length only when it loads it. The unit loader
             # has no state that would be lost. A larger number would be counted from where a fit is resumed.
             self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+        self._limit_val_batches = self.trainer.limit_val_batches
         if self.trainer.datamodule.val_dataloader() == []:  # type: ignore[attr-defined]
             self.trainer.limit_val_batches = 0
         if self.network_steps and loop.max_epochs == epochs:
@@ -389,6 +390,11 @@ class PTQModule(Resuming):
     def on_train_epoch_end(self) -> None:
         """Judge the unit before it is written to a checkpoint."""
         self._finish_if_done()
+
+    def teardown(self, stage: str) -> None:
+        """Leave the Trainer's limit as it was: it may validate with other loaders next."""
+        if stage == "fit":
+            self.trainer.limit_val_batches = self._limit_val_batches
 
     def on_train_end(self) -> None:
         """Drop the caches and select no unit: from here on the student is the same with and without gradients."""

@@ -193,8 +193,8 @@ def summarize(module: PTQModule, trainer: L.Trainer, metrics: dict[str, float]) 
         "complete": len(module.reports) == len(module.epoch_names),
         # False: all of it is as it started, since each part or the whole did worse.
         "accepted": any(report.accepted for report in module.reports),
-        **{key: metrics.get(key) for key in ("teacher_top1", "nearest_top1", "student_top1")},
-        **{key: finite(metrics.get(key)) for key in MEASURES if key.endswith(("miou", "sqnr_db"))},
+        # Not finite: top-1 where no label counts, and the ratio where nothing differs.
+        **{key: finite(metrics.get(key)) for key in MEASURES if key.endswith(("top1", "miou", "sqnr_db"))},
         "teacher_agreement": metrics.get("student_agreement"),
         "nearest_agreement": metrics.get("nearest_agreement"),
         "calibration_agreement": module.session.calibration_agreement,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,31 @@ def test_a_label_that_no_output_stands_for_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, num_sanity_val_steps=1).fit(tiny_module(), datamodule=data)
 
 
+@pytest.mark.parametrize(("form", "top1"), [("plain", 75.0), ("column", 75.0), ("none", None), ("one-hot", None)])
+def test_only_labels_that_say_something_count(tmp_path: Path, form: str, top1: float | None) -> None:
+    net, images = tiny_net(), tiny_images(8)
+    labels = net(images).argmax(1)
+    labels[::2] = -1
+    labels[1] = (labels[1] + 1) % 5  # the one of four that is wrong
+    others = {"column": labels[:, None], "none": -torch.ones_like(labels), "one-hot": torch.eye(5)[labels]}
+    labels = others.get(form, labels)
+    validation = DataLoader(TensorDataset(images, labels), batch_size=8)
+    data = CalibrationDataModule.from_loaders([tiny_images(40)], validation, calibration_samples=40)
+    told = pytest.warns(UserWarning, match=r"labels of shape \(8, 5\) do not fit an output of shape \(8, 5\)")
+    with told if form == "one-hot" else nullcontext():
+        trainer(tmp_path).fit(PTQModule(net, method="nearest", batch_size=8), datamodule=data)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["teacher_top1"] == top1
+    assert (summary["student_top1"] is None) == (top1 is None)
+
+
+def test_a_trainer_validates_afterwards_with_loaders_that_the_fit_had_not(tmp_path: Path) -> None:
+    module, run = tiny_module(), trainer(tmp_path)
+    run.fit(module, datamodule=CalibrationDataModule.from_loaders(tiny_images().split(16), calibration_samples=40))
+    (rates,) = run.validate(module, dataloaders=DataLoader(tiny_images(8), batch_size=4), verbose=False)
+    assert rates["student_agreement"] > 0
+
+
 def test_a_checkpoint_becomes_a_module_again(fitted) -> None:
     module, _, folder = fitted
     last = folder / "checkpoints" / "last.ckpt"
@@ -335,8 +361,12 @@ def test_a_student_without_ranges_is_not_passed_off_as_quantized(tmp_path: Path)
     for command in ("validate", "test", "predict"):
         with pytest.raises(PTQError, match="no ranges yet: run fit first, or give a fit's checkpoint"):
             getattr(trainer(tmp_path), command)(tiny_module(), datamodule=tiny_data())
-    with pytest.raises(PTQError, match="no ranges yet: run fit first, or give a fit's checkpoint"):
-        tiny_module()(tiny_images(2))
+    module = tiny_module()
+    for _ in range(2):  # before a fit, and behind one that was refused
+        with pytest.raises(PTQError, match="no ranges yet: run fit first, or give a fit's checkpoint"):
+            module(tiny_images(2))
+        with pytest.raises(PTQError, match="needs that many different images"):
+            trainer(tmp_path).fit(module, datamodule=tiny_data(4))
 
 
 def test_a_refused_fit_leaves_the_module_as_it_was(tmp_path: Path) -> None:
