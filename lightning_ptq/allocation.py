@@ -13,6 +13,7 @@ from lightning_ptq.config import Budget
 from lightning_ptq.divergence import Divergences
 from lightning_ptq.errors import PTQError
 from lightning_ptq.graph import LayerPlan
+from lightning_ptq.graph.arithmetic import Counts
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.quantizers import ActQuantizer
 from lightning_ptq.sensitivity import BITS, Kind
@@ -23,12 +24,12 @@ Pair = tuple[LayerPlan, int, int]
 
 @dataclass(frozen=True)
 class Allocation:
-    """Bits for each layer's weight and for each activation quantizer, by name.
+    """Bits of the weights and the activation quantizers that were chosen, by name of layer and of quantizer.
 
     Attributes:
         divergence: the sum of those of the tensors at these bits.
-        cost: bits of both factors of a multiply-add, multiplied, on average over the multiply-adds of the layers that
-            are free; for a budget of size, bits of a weight on average.
+        cost: what all quantized layers take, as an average: over multiply-adds of the bits of both factors, multiplied
+            ("bops"), over weights and activations of their bits ("memory"), or over weights ("size").
     """
 
     weights: dict[str, int]
@@ -38,72 +39,64 @@ class Allocation:
 
 
 def choices(layers: Sequence[LayerPlan], budget: Budget) -> set[tuple[Kind, str]]:
-    """The tensors whose bits `allocate` chooses; raises `PTQError` if there are none."""
-    held, free = _held(layers, budget), _free(layers)
-    read: set[tuple[Kind, str]] = {("activation", layer.reads) for layer in free if layer.reads not in held}
-    return read | {("weight", layer.name) for layer in free}
+    """The tensors whose bits `allocate` chooses; raises `PTQError` if there are none.
 
-
-def _free(layers: Sequence[LayerPlan]) -> list[LayerPlan]:
-    """The layers whose bits are to be chosen."""
-    free = [layer for layer in layers if not layer.fixed]
-    if not free:
-        raise PTQError("average_bits has nothing to choose: every layer's bits are fixed by edges or overrides.")
-    return free
-
-
-def _held(layers: Sequence[LayerPlan], budget: Budget) -> dict[str, int]:
-    """Bits of activations that are not free: one is if all that read it are, and only bit operations pay for it."""
-    return {layer.reads: layer.act_bits for layer in layers if layer.fixed or budget == "size"}
+    An activation's are to be chosen if they are for all that read it, and only if they are paid for.
+    """
+    held = {layer.reads for layer in layers if "act_bits" in layer.fixed or budget == "size"}
+    found: set[tuple[Kind, str]] = {("activation", layer.reads) for layer in layers if layer.reads not in held}
+    found |= {("weight", layer.name) for layer in layers if "weight_bits" not in layer.fixed}
+    if not found:
+        raise PTQError("average_bits has nothing to choose: edges and overrides give the bits of every layer.")
+    return found
 
 
 def allocate(
-    layers: Sequence[LayerPlan],
-    found: Divergences,
-    multiply_adds: Mapping[str, int],
-    average_bits: float,
-    budget: Budget,
+    layers: Sequence[LayerPlan], found: Divergences, counts: Counts, average_bits: float, budget: Budget
 ) -> Allocation:
-    """The bits of all layers that are not fixed, with the least sum of divergences within the budget.
+    """The bits of all `choices` with the least sum of divergences within the budget; solved to optimality.
 
-    The budget is that of these layers; fixed ones, and products of activations, neither pay nor are paid for. "bops":
-    multiply-adds times bits of both factors, at most what `average_bits` bits for everything would take; "size": bits
-    of parameters, at most `average_bits` on average, while activations keep theirs. Solved to optimality.
+    Together the layers may take what they would with `average_bits` for every choice. "bops": multiply-adds times bits
+    of both factors, without products of two activations; "memory": bits of parameters and of what layers read of one
+    image; "size": bits of parameters.
 
     Args:
         found: `divergences` of the `choices` there are.
-        multiply_adds: of each layer for one image.
+        counts: of the layers and of the activations they read.
 
     Raises:
-        PTQError: nothing is free to choose, or no choice is cheap enough.
+        PTQError: there is nothing to choose.
     """
-    free = _free(layers)
-    tensors = sorted({layer.reads for layer in free})
-    held = _held(layers, budget)
-    widths = {name: [held[name]] if name in held else list(BITS) for name in tensors}
-    pairs: list[Pair] = [(layer, w, a) for layer in free for w in BITS for a in widths[layer.reads]]
-    activations = [(name, a) for name in tensors for a in widths[name]]
+    free = choices(layers, budget)
 
-    price = [multiply_adds[layer.name] * w * a if budget == "bops" else layer.parameters * w for layer, w, a in pairs]
-    unit_price = sum(multiply_adds[layer.name] if budget == "bops" else layer.parameters for layer in free)
-    limit = unit_price * average_bits ** (2 if budget == "bops" else 1)
-    loss = [found["weight", layer.name, w] for layer, w, _ in pairs]
-    loss += [0.0 if name in held else found["activation", name, a] for name, a in activations]
+    def of_layer(layer: LayerPlan, weight_bits: float, act_bits: float) -> float:
+        if budget == "bops":
+            return counts.multiply_adds[layer.name] * weight_bits * act_bits
+        return layer.parameters * weight_bits
 
-    within = np.append(np.array(price) / limit, np.zeros(len(activations)))
-    chosen = _least(np.array(loss), [_consistent(pairs, activations), LinearConstraint(within, 0.0, 1.0)])
-    if chosen is None:
-        raise PTQError(
-            f"average_bits={average_bits:g} is too little: with what edges and overrides fix, no choice of "
-            f"{', '.join(map(str, BITS))} bits is that cheap. Give more, or fix less."
-        )
+    def of_tensor(name: str, bits: float) -> float:
+        return counts.elements[name] * bits if budget == "memory" else 0.0
+
+    weights = {layer.name: BITS if ("weight", layer.name) in free else (layer.weight_bits,) for layer in layers}
+    tensors = {layer.reads: BITS if ("activation", layer.reads) in free else (layer.act_bits,) for layer in layers}
+    pairs: list[Pair] = [(layer, w, a) for layer in layers for w in weights[layer.name] for a in tensors[layer.reads]]
+    activations = [(name, a) for name, widths in tensors.items() for a in widths]
+    prices = np.array([of_layer(*pair) for pair in pairs] + [of_tensor(*pair) for pair in activations])
+    loss = [found["weight", layer.name, w] if ("weight", layer.name) in free else 0.0 for layer, w, _ in pairs]
+    loss += [found["activation", name, a] if ("activation", name) in free else 0.0 for name, a in activations]
+
+    uniform = {name: widths[0] if len(widths) == 1 else average_bits for name, widths in (weights | tensors).items()}
+    limit = sum(of_layer(layer, uniform[layer.name], uniform[layer.reads]) for layer in layers)
+    limit += sum(of_tensor(name, uniform[name]) for name in tensors)
+    within = LinearConstraint(prices / limit, 0.0, 1.0)
+    chosen = _least(np.array(loss), [_consistent(pairs, activations), within])
     taken = [pair for pair, on in zip(pairs, chosen, strict=False) if on]
-    cost = sum(p for p, on in zip(price, chosen, strict=False) if on) / unit_price
+    one = sum(of_layer(layer, 1, 1) for layer in layers) + sum(of_tensor(name, 1) for name in tensors)
     return Allocation(
-        {layer.name: w for layer, w, _ in taken},
-        {layer.reads: a for layer, _, a in taken},
+        {layer.name: w for layer, w, _ in taken if ("weight", layer.name) in free},
+        {layer.reads: a for layer, _, a in taken if ("activation", layer.reads) in free},
         float(np.array(loss)[chosen].sum()),
-        float(cost),
+        float(prices[chosen].sum() / one),
     )
 
 
@@ -132,19 +125,32 @@ def _consistent(pairs: Sequence[Pair], activations: Sequence[tuple[str, int]]) -
     return LinearConstraint(matrix.tocsr(), total, total)
 
 
-def _least(losses: np.ndarray, constraints: list[LinearConstraint]) -> np.ndarray | None:
-    """Which of the variables, each 0 or 1, to choose for the least sum of losses; None if no choice is allowed."""
+def _least(losses: np.ndarray, constraints: list[LinearConstraint]) -> np.ndarray:
+    """Which of the variables, each 0 or 1, to choose for the least sum of losses.
+
+    The solver takes differences below a millionth of the largest loss for none. What costs more than all that a first
+    solution chose can't be in a better one: without it a second one tells smaller differences.
+    """
+    first = _solved(losses, constraints, np.ones_like(losses))
+    most = losses[first].sum() - losses[losses < 0].sum()
+    # What costs nothing, or can't be compared, is not solved again.
+    return _solved(losses, constraints, losses <= most) if 0.0 < most < np.inf else first
+
+
+def _solved(losses: np.ndarray, constraints: list[LinearConstraint], allowed: np.ndarray) -> np.ndarray:
     finite = np.isfinite(losses)
-    most = max(losses[finite].max(initial=0.0), 1e-30)
+    most = losses[finite & (allowed > 0)].max(initial=0.0)
     result = milp(
         # What overflows or is NaN is worse than all that is not, together.
-        np.where(finite, losses / most, len(losses) + 1.0),
+        np.where(finite, losses / max(most, 1e-30), len(losses) + 1.0) * allowed,
         constraints=constraints,
         integrality=np.ones(len(losses)),
-        bounds=Bounds(0, 1),
+        bounds=Bounds(0, allowed),
         options={"mip_rel_gap": 0.0},
     )
-    return None if result.x is None else result.x > 0.5
+    if result.x is None:  # two bits for every choice are always allowed
+        raise PTQError(f"average_bits: the solver found no mixture, and says: {result.message}")
+    return result.x > 0.5  # type: ignore[no-any-return]
 
 
 def apply(student: Chain, weights: Mapping[str, int], activations: Mapping[str, int]) -> None:

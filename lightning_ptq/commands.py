@@ -104,7 +104,7 @@ class Trainer(L.Trainer):
             print(f"\nnot tried with 8 bits: {self.untrained}")
 
     def sensitivity(self, model: L.LightningModule, datamodule: CalibrationDataModule | None = None) -> None:
-        """Print what each tensor costs at 2, 3, 4 and 8 bits, and the best mixtures.
+        """Print what each tensor costs at 2, 3, 4, 5, 6 and 8 bits, and the best mixtures.
 
         Both go to `trainer.default_root_dir` too, in place of what lies there.
         """

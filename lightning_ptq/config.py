@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -10,7 +11,7 @@ from lightning_ptq.errors import PTQError
 
 RangeName = Literal["minmax", "mse", "percentile"]
 EdgePolicy = Literal["8bit", "same"]
-Budget = Literal["bops", "size"]
+Budget = Literal["bops", "memory", "size"]
 SoftmaxGrid = Literal["uniform", "log2"]
 NormScaling = Literal["ranges", "smooth", "none"]
 PlacementRule = Literal["paper", "hardware"]
@@ -24,10 +25,15 @@ EDGE_BITS = 8
 
 @dataclass(frozen=True)
 class LayerBits:
-    """Bits of one layer: of its weights and of the activation that it reads."""
+    """Bits of one layer: of its weights and of the activation that it reads.
+
+    Attributes:
+        fixed: those of the two that mixed precision does not choose.
+    """
 
     weight_bits: int
     act_bits: int
+    fixed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -51,11 +57,12 @@ class QuantConfig:
         pairs: the same for what lies between two layers, with at most a ReLU there: halfway ("smooth") or not ("none").
         softmax: grid of what a softmax gives: "uniform", or powers of two ("log2"), which resolve small probabilities;
             simulation only, no runtime has it.
-        average_bits: choose the bits of every layer that neither `edges` nor `overrides` fix from 2, 3, 4 and 8, by
-            what they cost on the calibration images (`allocation.py`); None gives all of them `weight_bits` and
+        average_bits: choose the bits that neither `edges` nor `overrides` give from 2, 3, 4, 5, 6 and 8, by what they
+            cost on the calibration images (`allocation.py`), where they take no more than so many bits throughout; None
+            gives all of them `weight_bits` and `act_bits`.
+        budget: what it is that they take: "bops", multiply-adds times the bits of both factors; "memory", the bits of
+            the weights and of the activations of one image; or "size", the bits of the weights, while activations have
             `act_bits`.
-        budget: what `average_bits` bounds: "bops", multiply-adds times the bits of both factors, to what they were with
-            so many bits throughout; or "size", the bits of the weights, while activations have `act_bits`.
         overrides: layer-name pattern -> {"weight_bits": b, "act_bits": b}; the last match wins, and wins over
             `edges`. `act_bits` is the width of the activation that the layer reads.
 
@@ -111,15 +118,20 @@ class QuantConfig:
             "weight_bits": EDGE_BITS if edge else self.weight_bits,
             "act_bits": EDGE_BITS if edge else self.act_bits,
         }
+        fixed = {"weight_bits", "act_bits"} if edge else set[str]()
         for pattern, override in self.overrides.items():
             if fnmatchcase(layer, pattern):
                 bits.update(override)
-        return LayerBits(**bits)
+                fixed.update(override)
+        return LayerBits(**bits, fixed=frozenset(fixed))
 
-    def fixes(self, layer: str, *, first: bool, last: bool) -> bool:
-        """Whether `edges` or `overrides` decide about the layer called `layer`."""
-        edge = self.edges == "8bit" and (first or last)
-        return edge or any(fnmatchcase(layer, pattern) for pattern in self.overrides)
+    def bits_for(self, readers: Sequence[LayerBits]) -> int:
+        """Bits of an activation: the most that one of its `readers` asks for.
+
+        In mixed precision only those count of which `edges` and `overrides` give it, where there are any.
+        """
+        given = [bits.act_bits for bits in readers if "act_bits" in bits.fixed] if self.average_bits is not None else []
+        return max(given or [bits.act_bits for bits in readers])
 
     def check_overrides(self, layers: list[str]) -> None:
         """Raise `PTQError` for an override pattern that names none of `layers`."""

@@ -22,7 +22,7 @@ from lightning_ptq.store import Store, chunks, run_chunked, widened
 # Share of a weight's squared error that counts where its rounding will be learned, at each number of bits. Less than
 # learning it alone leaves (0.5, 0.6, 0.7, 0.9: `python -m benchmarks.rounding_gain`), since corrections and the last
 # epoch take more from weights than from activations; docs/accuracy.md has what other shares give.
-LEARNED = {2: 0.05, 3: 0.1, 4: 0.15, 8: 1.0}
+LEARNED = {2: 0.05, 3: 0.1, 4: 0.15, 5: 0.25, 6: 0.5, 8: 1.0}
 
 # Kind and name of a tensor, bits -> what it costs.
 Divergences = dict[tuple[Kind, str, int], float]

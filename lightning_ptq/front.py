@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ptq.allocation import Allocation, allocate
+from lightning_ptq.allocation import Allocation, allocate, choices
 from lightning_ptq.calibration import RANGE_IMAGES, alone
 from lightning_ptq.config import Budget, QuantConfig
 from lightning_ptq.divergence import Divergences, divergences
 from lightning_ptq.equalize import equalize
 from lightning_ptq.errors import PTQError
 from lightning_ptq.graph import ChainPair
-from lightning_ptq.graph.arithmetic import layer_multiply_adds
+from lightning_ptq.graph.arithmetic import counts_of
 from lightning_ptq.quantizers import weight_quantizers
 from lightning_ptq.sensitivity import BITS, Sensitivity, sensitivities
 
 AVERAGES = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
+# What `Allocation.cost` is: in a table, and at an axis.
+_COSTS: dict[Budget, tuple[str, str]] = {
+    "bops": ("bits of both factors, multiplied and averaged", "bit operations a multiply-add"),
+    "memory": ("bits of weights and activations, averaged", "bits a weight or activation"),
+    "size": ("bits of weights, averaged", "bits a weight"),
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Front:
 
     Attributes:
         sensitivities, divergences: of every tensor at every number of bits.
-        best: average bits -> the best mixture; averages that are too little for what is fixed are left out.
+        best: average bits -> the best mixture.
         budget: what an average is one of. learned: weights will be rounded by learning.
     """
 
@@ -55,26 +60,14 @@ def pareto_front(chains: ChainPair, images: Tensor, quant: QuantConfig, device: 
     teacher, student = chains.teacher, chains.student
     if any(q.enabled for q in weight_quantizers(student)):
         raise PTQError("sensitivities are measured before calibration, and this network has ranges already.")
+    choices(chains.layers, quant.budget)  # raises before the long work
     some = images[:RANGE_IMAGES]
     equalize(student, some, quant, device, alone)
     found = sensitivities(teacher, student, some, quant, device)
     lost = divergences(teacher, student, images, quant, device, alone, learned)
-    costs = layer_multiply_adds(student, tuple(images.shape[1:]))
-    tried = {bits: _best(chains, lost, costs, bits, quant.budget) for bits in AVERAGES}
-    feasible = {bits: best for bits, best in tried.items() if best is not None}
-    if not feasible:
-        raise PTQError("edges and overrides fix so much that nothing is left to choose. Fix less.")
-    return Front(found, lost, feasible, quant.budget, learned)
-
-
-def _best(
-    chains: ChainPair, lost: Divergences, costs: Mapping[str, int], bits: float, budget: Budget
-) -> Allocation | None:
-    """The best allocation; None if so few bits are too few for what is fixed."""
-    try:
-        return allocate(chains.layers, lost, costs, bits, budget)
-    except PTQError:
-        return None
+    counts = counts_of(student, tuple(images.shape[1:]))
+    best = {bits: allocate(chains.layers, lost, counts, bits, quant.budget) for bits in AVERAGES}
+    return Front(found, lost, best, quant.budget, learned)
 
 
 def front_text(front: Front) -> str:
@@ -97,8 +90,7 @@ def front_text(front: Front) -> str:
         own = [(s.kind, s.name) for s in front.sensitivities if (s.unit, s.bits) == (unit, BITS[0])]
         sums = (sum(front.divergences[kind, name, bits] for kind, name in own) for bits in BITS)
         lines.append(f"{unit:<36} " + "".join(f"{total:>12.4g}" for total in sums))
-    price = "bits of both factors, multiplied and averaged" if front.budget == "bops" else "bits of weights, averaged"
-    lines += ["", f"{'average_bits':<14} {'divergence':>10}  {price}"]
+    lines += ["", f"{'average_bits':<14} {'divergence':>10}  {_COSTS[front.budget][0]}"]
     lines += [f"{bits:<14g} {best.divergence:>10.4g}  {best.cost:.2f}" for bits, best in front.best.items()]
     return "\n".join(lines)
 
@@ -128,7 +120,6 @@ def plot_front(front: Front, path: Path) -> None:
     axes.plot([b.cost for b in best], [b.divergence for b in best], marker="o")
     for bits, b in front.best.items():
         axes.annotate(f"{bits:g}", (b.cost, b.divergence), textcoords="offset points", xytext=(5, 5), fontsize=8)
-    label = "bit operations a multiply-add" if front.budget == "bops" else "bits a weight"
-    axes.set(xlabel=f"{label} (numbers: average_bits)", ylabel="sum of divergences", yscale="log")
+    axes.set(xlabel=f"{_COSTS[front.budget][1]} (numbers: average_bits)", ylabel="sum of divergences", yscale="log")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

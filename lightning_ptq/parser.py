@@ -43,7 +43,7 @@ COMMANDS = {
         "plan --config configs/quickstart.yaml",
     ),
     "sensitivity": (
-        "show what each tensor costs at 2, 3, 4 and 8 bits, and the best mixtures",
+        "show what each tensor costs at 2, 3, 4, 5, 6 and 8 bits, and the best mixtures",
         "sensitivity --config configs/quickstart.yaml",
     ),
     "export": (

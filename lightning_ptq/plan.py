@@ -47,7 +47,7 @@ def plan_text(
         title = f"{len(chains.student) + 1:>3}  {NETWORK}"
         lines.append(f"{title:<32} {_shape(shapes[-1]):>15} {0:>12,} {sizes.network / 2**20:>10.1f}")
     if quant.average_bits is not None:
-        lines += ["", f"bits that nothing fixes are chosen when a fit starts, {quant.average_bits:g} on average"]
+        lines += ["", f"bits that nothing gives are chosen when a fit starts, {quant.average_bits:g} on average"]
     quantized, total = multiply_adds(chains.student, image_shape)
     of = "the part's " if part else ""
     lines += ["", f"{100 * quantized / max(total, 1):.2f} % of {of}{total:,} multiply-adds for one image are quantized"]

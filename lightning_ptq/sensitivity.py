@@ -24,7 +24,7 @@ from lightning_ptq.ranges import Histogram
 from lightning_ptq.store import chunks, run_chunked, widened
 from lightning_ptq.weights import WeightQuantizer
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 Kind = Literal["weight", "activation"]
 
 

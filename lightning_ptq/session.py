@@ -21,7 +21,7 @@ from lightning_ptq.equalize import equalize
 from lightning_ptq.errors import PTQError
 from lightning_ptq.fingerprint import data_digest, refuse
 from lightning_ptq.graph import Chain, LayerPlan
-from lightning_ptq.graph.arithmetic import layer_multiply_adds
+from lightning_ptq.graph.arithmetic import counts_of
 from lightning_ptq.importance import channel_importance
 from lightning_ptq.memory import CachePolicy, CacheSizes, Room, unit_shapes
 from lightning_ptq.methods import Weighting
@@ -321,8 +321,8 @@ class Session:
         data.say(f"mixed precision: {len(among)} tensors are tried at {', '.join(map(str, BITS))} bits, one at a time")
         teacher, student, gather, device = self.teacher, self.student, world.gather, world.device
         lost = divergences(teacher, student, images, data.config, device, gather, data.learned, among, self._store)
-        costs = layer_multiply_adds(student, tuple(images.shape[1:]))
-        chosen = allocate(data.layers, lost, costs, average, data.config.budget)
+        counts = counts_of(student, tuple(images.shape[1:]))
+        chosen = allocate(data.layers, lost, counts, average, data.config.budget)
         self.use_bits({"weights": chosen.weights, "activations": chosen.activations})
 
     def use_bits(self, bits: dict[str, dict[str, int]]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from lightning_ptq import ContrastiveConfig, Method, PTQError, QuantConfig
+from lightning_ptq.config import LayerBits
 from lightning_ptq.methods import METHODS, default_rates, get_method
 
 
@@ -47,6 +48,22 @@ def test_bits_follow_edges_and_the_last_matching_override() -> None:
     bits = config.bits_of("layer1.0.conv2", first=True, last=False)
     assert (bits.weight_bits, bits.act_bits) == (3, 16)
     assert QuantConfig(2, 4, edges="same").bits_of("conv1", first=True, last=False).weight_bits == 2
+
+
+def test_what_several_read_has_the_bits_that_one_was_given_or_else_the_most() -> None:
+    given, default = LayerBits(4, 3, frozenset({"act_bits"})), LayerBits(4, 8, frozenset({"weight_bits"}))
+    assert QuantConfig().bits_for([given, default]) == 8
+    assert QuantConfig(average_bits=3.0).bits_for([given, default]) == 3
+    assert QuantConfig(average_bits=3.0).bits_for([default, LayerBits(4, 4)]) == 8
+
+
+def test_mixed_precision_leaves_edges_and_what_overrides_name() -> None:
+    config = QuantConfig(overrides={"layer1.*": {"act_bits": 8}, "*.conv2": {"weight_bits": 3}})
+    assert config.bits_of("layer2.0.conv1", first=False, last=False).fixed == frozenset()
+    assert config.bits_of("layer1.0.conv1", first=False, last=False).fixed == {"act_bits"}
+    assert config.bits_of("layer1.0.conv2", first=False, last=False).fixed == {"act_bits", "weight_bits"}
+    assert config.bits_of("conv1", first=True, last=False).fixed == {"act_bits", "weight_bits"}
+    assert QuantConfig(edges="same").bits_of("conv1", first=True, last=False).fixed == frozenset()
 
 
 def test_presets_are_points_and_coordinates_replace_theirs() -> None:

@@ -99,11 +99,6 @@ def test_bits_are_chosen_alike_where_processes_have_uneven_shares(tmp_path: Path
     two = trainer(tmp_path, devices=2, strategy="ddp_fork", callbacks=[SameOnAllRanks()], use_distributed_sampler=False)
     two.fit(module, datamodule=tiny_data(41))
     chosen = json.loads((tmp_path / "summary.json").read_text())["bits"]
-    one = tiny_module(QuantConfig(2, 2, average_bits=3.0), steps_per_unit=2)
-    # A process of its own: one that computed gradients may not fork any more, and tests after this one do.
-    trainer(tmp_path / "one", strategy="ddp_fork").fit(one, datamodule=tiny_data(41))
-    alone = json.loads((tmp_path / "one" / "summary.json").read_text())["bits"]
-    assert chosen["activations"].keys() == alone["activations"].keys()
     checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["lightning_ptq"]["session"]["bits"] == chosen
 

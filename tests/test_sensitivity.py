@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_ptq import PTQError, PTQModule, QuantConfig
 from lightning_ptq.allocation import allocate, apply, choices
@@ -18,8 +18,8 @@ from lightning_ptq.calibration import estimate_ranges
 from lightning_ptq.divergence import LEARNED, Divergences, displaced, divergences
 from lightning_ptq.front import Front, front_data, front_text, pareto_front, plot_front
 from lightning_ptq.graph import ChainPair, LayerPlan, build_chain
-from lightning_ptq.graph.arithmetic import layer_multiply_adds
-from lightning_ptq.layers import QuantizedLayer
+from lightning_ptq.graph.arithmetic import Counts, counts_of
+from lightning_ptq.layers import REGISTRY, QuantizedLayer
 from lightning_ptq.quantizers import ActQuantizer, act_quantizers, float_mode
 from lightning_ptq.ranges import weight_qparams
 from lightning_ptq.sensitivity import BITS, Kind, Sensitivity, sensitivities
@@ -91,9 +91,53 @@ def test_a_displaced_weight_comes_back_from_an_error_and_is_the_layers_alone() -
 def test_only_what_can_be_chosen_is_tried() -> None:
     pair = chains(QuantConfig(overrides={"blocks.1.conv1": {"weight_bits": 8}}))
     among = choices(pair.layers, "bops")
-    assert ("weight", "blocks.1.conv1") not in among
+    assert ("weight", "blocks.1.conv1") not in among  # what it reads is still to be chosen
+    assert ("activation", "act_relu_2") in among
+    edges = {("weight", "stem"), ("weight", "fc"), ("activation", "act_x"), ("activation", "act_mean")}
+    assert not edges & among
+    assert edges < choices(chains(QuantConfig(edges="same")).layers, "memory")
     assert lost_by(pair, tiny_images(16), True, among=among).keys() == {(*t, bits) for t in among for bits in BITS}
     assert {kind for kind, _ in choices(pair.layers, "size")} == {"weight"}
+
+
+class Product(nn.Module):
+    """What `b` reads is a factor of a product too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.a(x.mean(1)))
+        return self.d(torch.relu(self.c(torch.relu(self.b(y)))) + y @ y)
+
+
+def test_what_a_product_reads_too_is_not_chosen_but_the_weight_is() -> None:
+    layers = build_chain(Product().eval(), QuantConfig(), "layer").layers
+    assert {layer.name: layer.fixed for layer in layers}["b"] == {"act_bits"}
+    assert choices(layers, "bops") == {("weight", "b"), ("weight", "c"), ("activation", layers[2].reads)}
+
+
+class Scale(nn.Conv2d):
+    """A layer of one's own, of which torch's flop counter knows nothing."""
+
+
+def test_a_layer_without_counted_arithmetic_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    class QuantScale(QuantizedLayer, Scale):
+        def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return x * weight.sum((1, 2, 3))[:, None, None]
+
+    monkeypatch.setitem(REGISTRY, Scale, QuantScale)
+    monkeypatch.setattr(Scale, "forward", lambda self, x: x * self.weight.sum((1, 2, 3))[:, None, None])
+    first, scale, last = nn.Conv2d(3, 8, 3), Scale(8, 8, 1, bias=False), nn.Conv2d(8, 5, 3)
+    net = nn.Sequential(first, nn.ReLU(), scale, nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), last)
+    pair = build_chain(net.eval(), QuantConfig(), "layer", leaf_modules=["2"])
+    counts = counts_of(pair.student, (3, 8, 8))
+    assert counts.multiply_adds["2"] == 0
+    assert set(counts.elements) == {layer.reads for layer in pair.layers}
+    assert (
+        allocate(pair.layers, lost_by(pair, tiny_images(16), True), counts, 3.0, "bops").weights["2"] > 3
+    )  # it pays nothing
 
 
 def test_fewer_bits_cost_more_and_the_estimate_is_the_true_error_to_first_order() -> None:
@@ -150,64 +194,91 @@ def test_the_divergence_is_that_of_the_whole_network_with_one_tensor_quantized(l
     assert lost["activation", "act_relu_1", 4] == pytest.approx(true(got), rel=1e-3)
 
 
-def plan(name: str, reads: str, parameters: int, fixed: bool = False) -> LayerPlan:
-    return LayerPlan(name, "Conv2d", 0, 4, 4, parameters, reads, fixed)
+def plan(name: str, reads: str, parameters: int, bits: tuple[int, int] = (4, 4), **options: Any) -> LayerPlan:
+    return LayerPlan(name, "Conv2d", 0, *bits, parameters, reads, **options)
 
 
-LAYERS = (plan("a", "q", 10), plan("b", "q", 30), plan("c", "r", 5), plan("d", "s", 9, fixed=True))
-COSTS = {"a": 100, "b": 50, "c": 70, "d": 1000}
+# Two that read the same, one whose weight is fixed, one whose activation is, and one that is fixed wholly.
+LAYERS = (
+    plan("a", "q", 10),
+    plan("b", "q", 30),
+    plan("c", "r", 5, (6, 4), fixed=frozenset({"weight_bits"})),
+    plan("d", "s", 9, (4, 5), fixed=frozenset({"act_bits"})),
+    plan("f", "t", 7, (8, 8), fixed=frozenset({"weight_bits", "act_bits"})),
+    plan("g", "s", 2, (4, 5), fixed=frozenset({"weight_bits"})),  # reads what is fixed for "d"
+)
+COUNTS = Counts(
+    {"a": 100, "b": 50, "c": 70, "d": 40, "f": 1000, "g": 10}, {"q": 20, "r": 35, "s": 5, "t": 11, "unread": 99}
+)
 
 
 def random_costs(seed: int) -> Divergences:
     generator, found = torch.Generator().manual_seed(seed), Divergences()
-    tensors: list[tuple[Kind, str]] = [("weight", name) for name in "abc"]
+    tensors: list[tuple[Kind, str]] = [("weight", name) for name in "abd"]
     for tensor in [*tensors, ("activation", "q"), ("activation", "r")]:
         costs = torch.rand(len(BITS), generator=generator).sort(descending=True).values.tolist()
         found |= {(*tensor, bits): cost for bits, cost in zip(BITS, costs, strict=True)}  # type: ignore[misc]
     return found
 
 
-@pytest.mark.parametrize("budget", ["bops", "size"])
-@pytest.mark.parametrize("average", [2.0, 3.0, 4.5])
+@pytest.mark.parametrize("budget", ["bops", "memory", "size"])
+@pytest.mark.parametrize("average", [2.0, 3.0, 4.5, 8.0])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_allocation_is_the_best_of_all(budget: Any, average: float, seed: int) -> None:
     found = random_costs(seed)
     lost = {(name, bits): cost for (_, name, bits), cost in found.items()}
-    best = float("inf")
-    for a, b, c, q, r in itertools.product(BITS, repeat=5):
-        if budget == "size" and (q, r) != (4, 4):
-            continue
-        cost = 100 * a * q + 50 * b * q + 70 * c * r if budget == "bops" else 10 * a + 30 * b + 5 * c
-        if cost <= (220 * average**2 if budget == "bops" else 45 * average) + 1e-9:
-            total = lost["a", a] + lost["b", b] + lost["c", c]
-            best = min(best, total + (lost["q", q] + lost["r", r] if budget == "bops" else 0.0))
-    chosen = allocate(LAYERS, found, COSTS, average, budget)
+    free = "abd" if budget == "size" else "abdqr"
+
+    def price(a: float, b: float, d: float, q: float = 4, r: float = 4) -> float:
+        if budget == "bops":
+            return 100 * a * q + 50 * b * q + 70 * 6 * r + 40 * d * 5 + 1000 * 8 * 8 + 10 * 4 * 5
+        weights = 10 * a + 30 * b + 5 * 6 + 9 * d + 7 * 8 + 2 * 4
+        return weights if budget == "size" else weights + 20 * q + 35 * r + 5 * 5 + 11 * 8
+
+    limit, best = price(*[average] * len(free)), float("inf")
+    for widths in itertools.product(BITS, repeat=len(free)):
+        if price(*widths) <= limit + 1e-9:
+            best = min(best, sum(lost[name, bits] for name, bits in zip(free, widths, strict=True)))
+    chosen = allocate(LAYERS, found, COUNTS, average, budget)
     assert chosen.divergence == pytest.approx(best, rel=1e-6)
-    assert chosen.cost <= average ** (2 if budget == "bops" else 1) + 1e-6
-    assert set(chosen.weights) == {"a", "b", "c"}
-    assert set(chosen.activations) == {"q", "r"}
+    assert "".join(chosen.weights) + "".join(chosen.activations) == free
+    spent = price(*(chosen.weights | chosen.activations).values())
+    assert spent <= limit * (1 + 1e-6)
+    assert chosen.cost == pytest.approx(spent / {"bops": 1270, "memory": 63 + 71, "size": 63}[budget])
+
+
+@pytest.mark.parametrize("worst", [1e3, 1e6, 1e9])
+def test_one_tensor_that_explodes_leaves_the_others_the_best_bits(worst: float) -> None:
+    found = random_costs(1)
+    expected = allocate(LAYERS, found, COUNTS, 4.0, "bops")
+    found["weight", "d", 2] = worst
+    chosen = allocate(LAYERS, found, COUNTS, 4.0, "bops")
+    assert chosen.weights["d"] > 2
+    found["weight", "d", 2] = 10.0  # too much as well, and nothing that a solver could lose the others behind
+    assert chosen == allocate(LAYERS, found, COUNTS, 4.0, "bops")
+    assert chosen.divergence < expected.divergence + 1.0
 
 
 @pytest.mark.parametrize("worst", [float("inf"), float("nan")])
 def test_bits_at_which_predictions_overflow_are_not_chosen(worst: float) -> None:
     cheap = {key: 0.0 if key[2] == 2 else cost + 5.0 for key, cost in random_costs(0).items()}
-    assert allocate(LAYERS, cheap, COSTS, 3.0, "bops").weights["a"] == 2
+    assert allocate(LAYERS, cheap, COUNTS, 3.0, "bops").weights["a"] == 2
     cheap["weight", "a", 2] = worst
-    chosen = allocate(LAYERS, cheap, COSTS, 3.0, "bops")
+    chosen = allocate(LAYERS, cheap, COUNTS, 3.0, "bops")
     assert chosen.weights["a"] > 2
     assert math.isfinite(chosen.divergence)
     # Where nothing else is cheap enough they are, and what is written down has no number for it.
-    only = allocate(LAYERS, cheap, COSTS, 2.0, "bops")
+    only = allocate(LAYERS[:2], cheap, COUNTS, 2.0, "bops")
     assert only.weights["a"] == 2
     data = front_data(Front([Sensitivity("a", "weight", "u", 2, 1.0, 0.0)], cheap, {2.0: only}, "bops", False))
     assert (data["front"][0]["divergence"], data["sensitivities"][0]["divergence"]) == (None, None)
 
 
 def test_what_cannot_be_chosen_is_refused() -> None:
-    with pytest.raises(PTQError, match="every layer's bits are fixed"):
-        allocate((LAYERS[3],), [], COSTS, 3.0, "bops")
-    with pytest.raises(PTQError, match="every layer's bits are fixed"):  # before anything is measured
-        choices((LAYERS[3],), "bops")
+    with pytest.raises(PTQError, match="overrides give the bits of every layer"):
+        allocate(LAYERS[4:5], {}, COUNTS, 3.0, "bops")
+    with pytest.raises(PTQError, match="overrides give the bits of every layer"):  # before anything is measured
+        choices(LAYERS[4:5], "bops")
     for wrong in (9, "3"):
         with pytest.raises(PTQError, match=r"average_bits=.+ is no number from 2 to 8"):
             QuantConfig(average_bits=wrong)  # type: ignore[arg-type]
@@ -226,7 +297,7 @@ def test_a_fit_chooses_bits_once_and_a_checkpoint_keeps_them(tmp_path: Path) -> 
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
     chosen = summary["bits"]
     assert chosen["weights"].keys() == {f"blocks.{i}.conv{j}" for i in (0, 1) for j in (1, 2)}
-    costs = layer_multiply_adds(whole.student, (3, 8, 8))
+    costs = counts_of(whole.student, (3, 8, 8)).multiply_adds
     reads = {layer.name: layer.reads for layer in whole.chains.layers}
     spent = sum(costs[n] * w * chosen["activations"][reads[n]] for n, w in chosen["weights"].items())
     assert spent <= 9 * sum(costs[n] for n in chosen["weights"])
@@ -260,10 +331,9 @@ def test_the_front_falls_and_is_written_down(tmp_path: Path) -> None:
     assert (tmp_path / "front.png").stat().st_size > 5000
 
 
-def test_points_that_are_too_little_for_what_is_fixed_are_left_out() -> None:
-    # Both convolutions of a block read what the first of them fixes.
-    quant = QuantConfig(overrides={"blocks.0.conv1": {"act_bits": 8}, "blocks.1.*": {"weight_bits": 8}})
-    assert pareto_front(chains(quant), tiny_images(32), quant, CPU, learned=True).best
-    quant = QuantConfig(overrides={"*": {"weight_bits": 8}})
-    with pytest.raises(PTQError, match="nothing is left to choose"):
-        pareto_front(chains(quant), tiny_images(32), quant, CPU, learned=True)
+def test_where_overrides_leave_nothing_to_choose_nothing_is_measured() -> None:
+    quant = QuantConfig(overrides={"*": {"weight_bits": 8}})  # activations are left
+    assert not pareto_front(chains(quant), tiny_images(32), quant, CPU, learned=True).best[3.0].weights
+    quant = QuantConfig(overrides={"*": {"weight_bits": 8, "act_bits": 8}})
+    with pytest.raises(PTQError, match="nothing to choose"):
+        pareto_front(chains(quant), torch.empty(0), quant, CPU, learned=True)

@@ -32,8 +32,8 @@ class LayerPlan:
     """A quantized layer: its name and type, the index of its unit, its bits and its number of float parameters.
 
     `act_bits` are the bits of the activation that it `reads`, by its quantizer's name. `gives` is the quantizer of its
-    output, or of what a ReLU, a pool or a view makes of it, if there is one. Bits that are `fixed` follow from the
-    edge policy or an override.
+    output, or of what a ReLU, a pool or a view makes of it, if there is one. Mixed precision does not choose those of
+    its "weight_bits" and "act_bits" that are `fixed`.
     """
 
     name: str
@@ -43,7 +43,7 @@ class LayerPlan:
     act_bits: int
     parameters: int
     reads: str
-    fixed: bool
+    fixed: frozenset[str] = frozenset()
     gives: str | None = None
 
 
@@ -153,7 +153,7 @@ def plan_layers(placement: Placement, units: Sequence[Sequence[fx.Node]]) -> tup
                         bits.act_bits,
                         count,
                         placement.reads[node],
-                        node in placement.fixed,
+                        bits.fixed,
                         placement.gives.get(node),
                     )
                 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -39,7 +39,6 @@ class Placement:
         gm: the float network; its quantizer nodes call `ActQuantizer`s.
         layers: quantizable layer node -> its bits; `act_bits` are those of the quantizer that it reads.
         products: nodes that multiply two activations -> their names.
-        fixed: layers whose bits follow from the edge policy or an override.
         quantizers: quantizer nodes.
         reads: layer node -> name of the quantizer of what it reads.
         gives: layer node -> name of the quantizer of its output, or of what a ReLU, a pool or a view makes of it.
@@ -48,7 +47,6 @@ class Placement:
     gm: fx.GraphModule
     layers: dict[fx.Node, LayerBits]
     products: dict[fx.Node, str]
-    fixed: frozenset[fx.Node]
     quantizers: frozenset[fx.Node]
     reads: dict[fx.Node, str]
     gives: dict[fx.Node, str]
@@ -77,30 +75,36 @@ def place_quantizers(gm: fx.GraphModule, config: QuantConfig, leaf_modules: Sequ
     wanted |= {n: config.bits_of(name, first=False, last=False) for n, name in products.items()}
 
     hardware = config.placement == "hardware"
-    needs: dict[fx.Node, list[int]] = {}  # producer -> bits that its readers ask for
+    needs: dict[fx.Node, list[LayerBits]] = {}  # producer -> what its readers ask for
     read: dict[fx.Node, list[fx.Node]] = {}  # layer or product -> producers of what it reads
     for node in gm.graph.nodes:
         if node in wanted:
             read[node] = [origin(gm, s) if hardware else s for s in dict.fromkeys(node.all_input_nodes)]
             for producer in read[node]:
-                needs.setdefault(producer, []).append(wanted[node].act_bits)
+                needs.setdefault(producer, []).append(wanted[node])
     for producer in around_kernels(gm, list(wanted)) if hardware else ():
-        needs.setdefault(producer, []).append(config.act_bits)
+        needs.setdefault(producer, []).append(LayerBits(config.weight_bits, config.act_bits))
+    bits = {producer: config.bits_for(readers) for producer, readers in needs.items()}
     outputs = {node: moved(gm, node) for node in nodes}
     inserted: dict[fx.Node, fx.Node] = {}
-    for producer, bits in needs.items():
+    for producer in needs:
         kind = LogQuantizer if config.softmax == "log2" and is_softmax(gm, producer) else ActQuantizer
-        inserted[producer] = insert_quantizer(gm, producer, kind(max(bits), config.act_symmetric))
+        inserted[producer] = insert_quantizer(gm, producer, kind(bits[producer], config.act_symmetric))
     gm.recompile()
-    fixed = {n for n in nodes if config.fixes(str(n.target), first=n in first, last=n in last)}
     # What a product reads too is not one layer's to choose.
     shared = {producer for product in products for producer in read[product]}
-    fixed |= {n for n in nodes if shared.intersection(read[n])}
-    layers = {n: LayerBits(wanted[n].weight_bits, max(needs[read[n][0]])) for n in nodes}
+    layers = {
+        n: replace(
+            wanted[n],
+            act_bits=bits[read[n][0]],
+            fixed=wanted[n].fixed | ({"act_bits"} if shared.intersection(read[n]) else set()),
+        )
+        for n in nodes
+    }
     reads = {n: str(inserted[read[n][0]].target) for n in nodes}
     behind = {n: next((x for x in found if x in inserted), None) for n, found in outputs.items()}
     gives = {n: str(inserted[x].target) for n, x in behind.items() if x is not None}
-    return Placement(gm, layers, products, frozenset(fixed), frozenset(inserted.values()), reads, gives)
+    return Placement(gm, layers, products, frozenset(inserted.values()), reads, gives)
 
 
 def around_kernels(gm: fx.GraphModule, layers: Sequence[fx.Node]) -> list[fx.Node]:

@@ -13,7 +13,7 @@ from lightning_ptq import QuantConfig
 from lightning_ptq.calibration import estimate_ranges
 from lightning_ptq.functional import swap_channels
 from lightning_ptq.graph import ChainPair, build_chain
-from lightning_ptq.graph.arithmetic import layer_multiply_adds
+from lightning_ptq.graph.arithmetic import counts_of
 from lightning_ptq.quantizers import ActQuantizer
 from tests.graph.test_fold import randomise
 from tests.helpers import tiny_images
@@ -201,7 +201,7 @@ def test_every_output_channel_has_a_scale_of_its_own_whatever_the_groups(groups:
 
 def test_multiply_adds_are_those_of_every_input_position() -> None:
     model = nn.Sequential(nn.ConvTranspose2d(3, 4, 3, stride=2), nn.ReLU(), nn.ConvTranspose2d(4, 6, 2, 2, groups=2))
-    counts = layer_multiply_adds(build_chain(model.eval(), QuantConfig(), "layer").student, (3, 8, 8))
+    counts = counts_of(build_chain(model.eval(), QuantConfig(), "layer").student, (3, 8, 8)).multiply_adds
     assert counts == {"0": 8 * 8 * 3 * 4 * 9, "2": 17 * 17 * 4 * 3 * 4}
 
 
