@@ -87,7 +87,8 @@ def load_packed(path: str | Path, model: nn.Module) -> Chain:
     Nothing in the file is executed. The result is bit-equal to the student that was saved.
 
     Args:
-        model: made by the same code as the one that was calibrated, with whatever weights; it is not changed.
+        model: made by the same code as the one that was calibrated, with whatever weights, which stay; it is put in
+            eval mode.
 
     Raises:
         PTQError: no packed file, one that is damaged or was changed, of a later version, or of another model.

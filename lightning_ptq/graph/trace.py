@@ -8,12 +8,14 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import fx, nn
 from torch.nn.modules.activation import MultiheadAttention
+from torch.nn.parameter import is_lazy
 
 from lightning_ptq.errors import PTQError
 from lightning_ptq.graph.pack import pack_outputs
@@ -103,8 +105,8 @@ def trace(model: nn.Module, leaf_modules: Sequence[str] = (), is_part: bool = Fa
         is_part: of another model, which reads all of its outputs: they are returned packed, not the main one only.
 
     Raises:
-        PTQError: a module in training mode, a pattern without a match, code that fx cannot trace (with the line),
-            several inputs, or an output that is not one tensor.
+        PTQError: a module in training mode or never called, a pattern without a match, code that fx cannot trace (with
+            the line), several inputs, or an output that is not one tensor.
     """
     check_eval(model)
     check_leaf_modules(model, leaf_modules)
@@ -122,7 +124,7 @@ def trace(model: nn.Module, leaf_modules: Sequence[str] = (), is_part: bool = Fa
 
 
 def check_eval(model: nn.Module) -> None:
-    """Raise `PTQError` for the first module in training mode."""
+    """Raise `PTQError` for the first module in training mode, or the first parameter without a shape."""
     for name, module in model.named_modules():
         if module.training:
             which = f"module {name!r} ({type(module).__name__})" if name else type(model).__name__
@@ -130,6 +132,12 @@ def check_eval(model: nn.Module) -> None:
                 f"{which} is in training mode; a teacher is frozen, with fixed batch-norm statistics and no dropout. "
                 "Call model.eval() first."
             )
+    lazy = [name for name, x in chain(model.named_parameters(), model.named_buffers()) if is_lazy(x)]
+    if lazy:
+        raise PTQError(
+            f"{lazy[0]!r} has no shape yet: a lazy module takes it from the first image. Give the trained network, or "
+            "call it once and load its weights."
+        )
 
 
 def check_leaf_modules(model: nn.Module, patterns: Sequence[str]) -> None:

@@ -90,6 +90,8 @@ def test_training_mode_is_refused_with_the_modules_name():
     model[1].train()
     with pytest.raises(PTQError, match=r"'1' \(BatchNorm2d\) is in training mode.*model\.eval\(\)"):
         build(model)
+    with pytest.raises(PTQError, match=r"'0.weight' has no shape yet: a lazy module takes it from the first image"):
+        build(nn.Sequential(nn.LazyConv2d(4, 3)).eval())
     with pytest.raises(PTQError, match="Sequential is in training mode"):
         build(model.train())
 
