@@ -20,8 +20,9 @@ from lightning_ptq.sensitivity import BITS, Kind, alone_at, quantizers_of
 from lightning_ptq.store import Store, chunks, run_chunked, widened
 
 # Share of a weight's squared error that counts where its rounding will be learned, at each number of bits. Less than
-# learning it alone leaves (0.5, 0.6, 0.7, 0.9: `python -m benchmarks.rounding_gain`), since corrections and the last
-# epoch take more from weights than from activations; docs/accuracy.md has what other shares give.
+# learning it alone leaves (0.5, 0.6, 0.7, 0.9 at 2, 3, 4, 8 bits: `python -m benchmarks.rounding_gain`), as corrections
+# and the last epoch take more from weights than from activations; docs/accuracy.md has what other shares give. Those at
+# 5 and 6 bits lie between.
 LEARNED = {2: 0.05, 3: 0.1, 4: 0.15, 5: 0.25, 6: 0.5, 8: 1.0}
 
 # Kind and name of a tensor, bits -> what it costs.
