@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -124,14 +123,6 @@ class QuantConfig:
                 bits.update(override)
                 fixed.update(override)
         return LayerBits(**bits, fixed=frozenset(fixed))
-
-    def bits_for(self, readers: Sequence[LayerBits]) -> int:
-        """Bits of an activation: the most that one of its `readers` asks for.
-
-        In mixed precision only those count of which `edges` and `overrides` give it, where there are any.
-        """
-        given = [bits.act_bits for bits in readers if "act_bits" in bits.fixed] if self.average_bits is not None else []
-        return max(given or [bits.act_bits for bits in readers])
 
     def check_overrides(self, layers: list[str]) -> None:
         """Raise `PTQError` for an override pattern that names none of `layers`."""

@@ -7,6 +7,7 @@ import pytest
 
 from lightning_ptq import ContrastiveConfig, Method, PTQError, QuantConfig
 from lightning_ptq.config import LayerBits
+from lightning_ptq.graph.placement import bits_read
 from lightning_ptq.methods import METHODS, default_rates, get_method
 
 
@@ -52,9 +53,9 @@ def test_bits_follow_edges_and_the_last_matching_override() -> None:
 
 def test_what_several_read_has_the_bits_that_one_was_given_or_else_the_most() -> None:
     given, default = LayerBits(4, 3, frozenset({"act_bits"})), LayerBits(4, 8, frozenset({"weight_bits"}))
-    assert QuantConfig().bits_for([given, default]) == 8
-    assert QuantConfig(average_bits=3.0).bits_for([given, default]) == 3
-    assert QuantConfig(average_bits=3.0).bits_for([default, LayerBits(4, 4)]) == 8
+    assert bits_read([given, default], mixed=False) == 8
+    assert bits_read([given, default], mixed=True) == 3
+    assert bits_read([default, LayerBits(4, 4)], mixed=True) == 8
 
 
 def test_mixed_precision_leaves_edges_and_what_overrides_name() -> None:

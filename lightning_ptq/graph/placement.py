@@ -84,7 +84,8 @@ def place_quantizers(gm: fx.GraphModule, config: QuantConfig, leaf_modules: Sequ
                 needs.setdefault(producer, []).append(wanted[node])
     for producer in around_kernels(gm, list(wanted)) if hardware else ():
         needs.setdefault(producer, []).append(LayerBits(config.weight_bits, config.act_bits))
-    bits = {producer: config.bits_for(readers) for producer, readers in needs.items()}
+    mixed = config.average_bits is not None
+    bits = {producer: bits_read(readers, mixed) for producer, readers in needs.items()}
     outputs = {node: moved(gm, node) for node in nodes}
     inserted: dict[fx.Node, fx.Node] = {}
     for producer in needs:
@@ -105,6 +106,15 @@ def place_quantizers(gm: fx.GraphModule, config: QuantConfig, leaf_modules: Sequ
     behind = {n: next((x for x in found if x in inserted), None) for n, found in outputs.items()}
     gives = {n: str(inserted[x].target) for n, x in behind.items() if x is not None}
     return Placement(gm, layers, products, frozenset(inserted.values()), reads, gives)
+
+
+def bits_read(readers: Sequence[LayerBits], mixed: bool) -> int:
+    """Bits of an activation: the most that one of its readers asks for.
+
+    In mixed precision only readers count for which `edges` or `overrides` give it, where there are any.
+    """
+    given = [bits.act_bits for bits in readers if "act_bits" in bits.fixed] if mixed else []
+    return max(given or [bits.act_bits for bits in readers])
 
 
 def around_kernels(gm: fx.GraphModule, layers: Sequence[fx.Node]) -> list[fx.Node]:
