@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
@@ -48,6 +49,8 @@ def build_model(name: str, weights: str | None = None, **options: int) -> nn.Mod
         import torchvision
 
         named = weights if weights is not None and not Path(weights).exists() else None
+        if named is not None and name in torchvision.models.list_models():
+            check_named(named, name)
         try:
             # Detectors and segmentation networks would download their backbone's weights.
             takes = signature(torchvision.models.get_model_builder(name)).parameters
@@ -79,6 +82,21 @@ def build_model(name: str, weights: str | None = None, **options: int) -> nn.Mod
     return network
 
 
+def check_named(weights: str, model: str) -> None:
+    """Raise `PTQError` unless torchvision has such weights of `model`; what looks like a file was to be one."""
+    import torchvision
+
+    known = [each.name for each in torchvision.models.get_model_weights(model)]
+    if weights.rpartition(".")[2] in ("DEFAULT", *known):
+        return
+    if os.sep in weights or Path(weights).suffix:
+        read_state(weights)
+    raise PTQError(
+        f"weights={weights!r} is no file, and of {model!r} torchvision has {', '.join(known) or 'none'}. Name one of "
+        "these, or a weights file that exists."
+    )
+
+
 def _suggestion(name: str) -> str:
     """The model that may be meant by a name that torchvision does not know."""
     from torchvision.models import list_models
@@ -106,7 +124,8 @@ def read_state(path: str) -> Any:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise PTQError(f"weights={path!r} can't be read: {error}. Save a plain state dict with torch.save.") from None
+        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+        raise PTQError(f"weights={path!r} can't be read: {reason}. Save a plain state dict with torch.save.") from None
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

@@ -91,8 +91,12 @@ class CalibrationDataModule(L.LightningDataModule):
         """Calibrate on a LightningDataModule's `train_dataloader` and validate on its `val_dataloader`.
 
         Raises:
-            PTQError: the datamodule changes batches in transfer hooks, which calibration would not see.
+            PTQError: no datamodule, or one that changes batches in transfer hooks, which calibration would not see.
         """
+        if not isinstance(datamodule, L.LightningDataModule):
+            raise PTQError(
+                f"wrap takes a LightningDataModule, and got {type(datamodule).__name__}. Give loaders to from_loaders."
+            )
         return _WrappedData(datamodule, calibration_samples, seed)
 
     def calibration_dataset(self) -> Dataset[Any]:

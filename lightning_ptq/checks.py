@@ -38,6 +38,13 @@ _OURS = ("lightning", "pytorch_lightning", "lightning_ptq")
 _PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 
+def check_kind(value: object, kind: type, name: str, instead: str) -> None:
+    """Raise `PTQError` unless `value`, the argument `name`, is a `kind`."""
+    if not isinstance(value, kind):
+        given = f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+        raise PTQError(f"{name} is {given}, and has to be a {kind.__name__}. Give {instead}.")
+
+
 def check_settings(**values: float | None) -> None:
     """Raise `PTQError` for a count below 1 or a negative rate or weight; None passes where a rule takes its place."""
     for name, value in values.items():

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_ptq.building import build_network
@@ -115,7 +116,7 @@ class Trainer(L.Trainer):
         _set_up(datamodule)
         images = model.checked(datamodule.calibration_images())
         learned = model.method.rounding != "nearest"
-        front = pareto_front(model.to(device).chains, images, model.quant, device, learned)
+        front = pareto_front(model.to(device).chains, images, model.quant, device, learned, rank_zero_info)
         print(front_text(front))
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "sensitivity.json", front_data(front))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -39,6 +40,7 @@ def divergences(
     learned: bool,
     among: Collection[tuple[Kind, str]] | None = None,
     store: Store | None = None,
+    say: Callable[[str], object] = str,
 ) -> Divergences:
     """How far the network's output leaves the teacher's if one tensor alone is quantized, at each of `BITS`.
 
@@ -51,6 +53,7 @@ def divergences(
         learned: weights will be rounded by learning, not to nearest: only the share `LEARNED` of their error counts.
         among: kinds and names of the tensors to look at; None takes all.
         store: for one unit's input and output, and the network's; None takes where the images lie.
+        say: is told at each quarter how long the rest takes.
 
     Raises:
         PTQError: what `observe` raises.
@@ -61,7 +64,8 @@ def divergences(
     errors = prediction_errors if comparable else squared_errors
     size = len(next(chunks(images)))  # as many as pass through the whole network at once
     found: Divergences = {}
-    x = images
+    x, began = images, time.monotonic()
+    chosen = [q[:2] for unit in student.units for q in quantizers_of(unit) if among is None or q[:2] in among]
 
     @torch.no_grad()
     def lost(k: int) -> Tensor:
@@ -72,13 +76,18 @@ def divergences(
     with float_mode(student):
         for k, unit in enumerate(student.units):
             for kind, name, quantizer, layer in quantizers_of(unit):
-                if among is not None and (kind, name) not in among:
+                if (kind, name) not in chosen:
                     continue
                 for bits in BITS:
                     partly = displaced(layer, LEARNED[bits]) if learned and layer is not None else nullcontext()
                     with alone_at(bits, quantizer, layer, seen, config), partly:
                         nats = lost(k)
                     found[kind, name, bits] = float(torch.stack(list(gather(nats))).mean())
+                done, total = len(found) // len(BITS), len(chosen)
+                if 4 * done // total > 4 * (done - 1) // total and done < total:
+                    # At most: the further behind a tensor lies, the less there is to compute.
+                    left = (time.monotonic() - began) * (total - done) / done
+                    say(f"mixed precision: {done} of {total} tensors are tried, at most {left:.0f} s to go")
             if k < len(student) - 1:
                 x = run_chunked(teacher.units[k], x, device, store)
     forget_ranges(student)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,19 @@ class Front:
     learned: bool
 
 
-def pareto_front(chains: ChainPair, images: Tensor, quant: QuantConfig, device: torch.device, learned: bool) -> Front:
+def pareto_front(
+    chains: ChainPair,
+    images: Tensor,
+    quant: QuantConfig,
+    device: torch.device,
+    learned: bool,
+    say: Callable[[str], object] = str,
+) -> Front:
     """Measure what each tensor costs at each number of bits, and find the best mixtures; trains nothing.
 
     Args:
         images: (N, C, H, W) to measure on; what is only shown next to the cost is measured on as many as ranges are.
-        learned: the rounding will be learned.
+        learned: the rounding will be learned. say: is told how long it takes.
 
     Raises:
         PTQError: the student has ranges already, or nothing is free to choose.
@@ -64,7 +72,7 @@ def pareto_front(chains: ChainPair, images: Tensor, quant: QuantConfig, device: 
     some = images[:RANGE_IMAGES]
     equalize(student, some, quant, device, alone)
     found = sensitivities(teacher, student, some, quant, device)
-    lost = divergences(teacher, student, images, quant, device, alone, learned)
+    lost = divergences(teacher, student, images, quant, device, alone, learned, say=say)
     counts = counts_of(student, tuple(images.shape[1:]))
     best = {bits: allocate(chains.layers, lost, counts, bits, quant.budget) for bits in AVERAGES}
     return Front(found, lost, best, quant.budget, learned)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -47,6 +49,17 @@ def bytes_of(budget: int | str | None) -> int | None:
     return size
 
 
+@contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """Inside, the logger called so says nothing: what it would print is raised as well."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def unit_shapes(chain: Chain, image_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Shape of one image (C, H, W) and of every unit's output for it.
 
@@ -56,7 +69,7 @@ def unit_shapes(chain: Chain, image_shape: tuple[int, ...]) -> list[tuple[int, .
         PTQError: images of this shape do not fit a unit, which is named.
     """
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True), quiet("torch._subclasses.fake_tensor"):
             return _shapes(chain, image_shape)
     except _LOOKS_AT_VALUES:
         return _shapes(chain, image_shape)
@@ -73,9 +86,10 @@ def _shapes(chain: Chain, image_shape: tuple[int, ...]) -> list[tuple[int, ...]]
         except _LOOKS_AT_VALUES:
             raise
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            reason = str(error).rstrip(".")
             raise PTQError(
                 f"images of shape {tuple(image_shape)} do not fit the model: unit {name!r} fails on its input "
-                f"{shapes[-1]}: {error}. Give images of the size (data.resize, data.crop) and with the channels "
+                f"{shapes[-1]}: {reason}. Give images of the size (data.resize, data.crop) and with the channels "
                 "that the model was trained on."
             ) from None
         shapes.append(tuple(x.shape[1:]))

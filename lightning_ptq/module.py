@@ -23,7 +23,14 @@ from lightning_ptq.cache import UnitCache
 from lightning_ptq.calibration import UnitReport
 from lightning_ptq.callbacks import model_callbacks
 from lightning_ptq.checkpoint import arguments_of, read_checkpoint
-from lightning_ptq.checks import check_device, check_network_steps, check_settings, check_trainer, run_folder
+from lightning_ptq.checks import (
+    check_device,
+    check_kind,
+    check_network_steps,
+    check_settings,
+    check_trainer,
+    run_folder,
+)
 from lightning_ptq.config import Granularity, QuantConfig, check_option
 from lightning_ptq.cpu_replay import CpuReplay
 from lightning_ptq.drop import DropMask
@@ -158,6 +165,8 @@ class PTQModule(Resuming):
         steps_per_batch: int | None = None,
         seed: int | None = None,
     ) -> None:
+        check_kind(model, nn.Module, "model", "the trained network itself")
+        check_kind(quant, QuantConfig, "quant", "QuantConfig(weight_bits=4, act_bits=4)")
         check_settings(
             steps_per_unit=steps_per_unit,
             network_steps=network_steps,

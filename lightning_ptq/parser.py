@@ -181,6 +181,15 @@ class CommandParser(LightningArgumentParser):
             for action, text in zip(hidden, helps, strict=True):
                 action.help = text
 
+    def dump(self, cfg: Any, *args: Any, **kwargs: Any) -> str:
+        """A config as YAML, without what only some commands take and is not given: the others would refuse it."""
+        unset = [key for key in ("ckpt_path", "weights_only") if cfg.get(key, ...) is None]
+        if unset:
+            cfg = cfg.clone()
+            for key in unset:
+                cfg.pop(key)
+        return str(super().dump(cfg, *args, **kwargs))
+
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As jsonargparse, whose errors do not name the file."""
         self.path = str(cfg_path)

@@ -128,6 +128,7 @@ class Session:
         running = 0.0 if self._unit_clock is None else time.monotonic() - self._unit_clock
         return {
             "images": self.image_digest,
+            "counts": [self.image_count, self.judge_count],
             "reports": [report.to_dict() for report in self.reports],
             "wall_seconds": dict(self.wall_seconds),
             "unit_seconds": running,
@@ -142,6 +143,7 @@ class Session:
     def load_state(self, state: dict[str, Any]) -> None:
         """Stand where a `state()` was taken; the caches are replayed when a unit is entered."""
         self.image_digest = state["images"]
+        self.image_count, self.judge_count = state.get("counts", (None, None))  # an older checkpoint has none
         self.reports = [UnitReport(**report) for report in state["reports"]]
         self.calibration_agreement = state["calibration_agreement"]
         # An older checkpoint has none of these.
@@ -320,7 +322,9 @@ class Session:
         among = choices(data.layers, data.config.budget)
         data.say(f"mixed precision: {len(among)} tensors are tried at {', '.join(map(str, BITS))} bits, one at a time")
         teacher, student, gather, device = self.teacher, self.student, world.gather, world.device
-        lost = divergences(teacher, student, images, data.config, device, gather, data.learned, among, self._store)
+        lost = divergences(
+            teacher, student, images, data.config, device, gather, data.learned, among, self._store, data.say
+        )
         counts = counts_of(student, tuple(images.shape[1:]))
         chosen = allocate(data.layers, lost, counts, average, data.config.budget)
         self.use_bits({"weights": chosen.weights, "activations": chosen.activations})

@@ -230,7 +230,8 @@ def method_title(summary: dict[str, Any]) -> str:
 def to_go_on(trainer: L.Trainer, done: int, told: bool) -> str:
     """Where a run that was stopped stands, and how to go on: by a limit of its own, or because it was `told` to end."""
     saved = (callback.last_model_path for callback in trainer.checkpoint_callbacks)  # type: ignore[attr-defined]
-    path = next(filter(None, saved), trainer.ckpt_path)
+    # Lightning names a file before it is written, which an interrupt may have prevented.
+    path = next((path for path in saved if path and Path(path).exists()), trainer.ckpt_path)
     stands = f"not finished: {'1 unit is' if done == 1 else f'{done} units are'} done"
     if path is None:
         return f"{stands}, and there is no last.ckpt yet: begin again."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -132,6 +133,24 @@ def test_a_folder_that_holds_a_run_is_continued_with_its_checkpoint(tmp_path: Pa
 def test_a_setting_outside_its_range_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(PTQError, match=message):
         tiny_module(**settings)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: PTQModule("resnet18"), "model is a str, and has to be a Module. Give the trained network itself"),
+        (lambda: PTQModule(nn.Linear), "model is the class Linear, and has to be a Module"),
+        (lambda: PTQModule(tiny_net(), {"weight_bits": 4}), "quant is a dict, and has to be a QuantConfig. Give Quant"),
+        (lambda: PTQModule(tiny_net().bfloat16()), r"'stem.weight' is in bfloat16. Call model.float\(\) first"),
+        (
+            lambda: CalibrationDataModule.wrap([]),
+            "wrap takes a LightningDataModule, and got list. Give loaders",
+        ),
+    ],
+)
+def test_an_argument_of_another_kind_is_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(PTQError, match=message):
+        call()
 
 
 # ---- images and weights ----

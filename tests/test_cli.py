@@ -383,6 +383,30 @@ def test_a_wrong_setting_is_named(tmp_path: Path, option: str, message: str) -> 
 
 
 @pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("nowhere.pt", r"weights='nowhere.pt' is no file, seen from"),
+        ("gone/weights", r"weights='gone/weights' is no file, seen from"),
+        ("IMAGENET1K_V9", r"'IMAGENET1K_V9' is no file, and of 'resnet18' torchvision has IMAGENET1K_V1\. Name one"),
+    ],
+)
+def test_weights_of_a_torchvision_model_that_are_not_there_are_named(
+    tmp_path: Path, weights: str, message: str
+) -> None:
+    with pytest.raises(PTQError, match=message):
+        quickstart(tmp_path, "--model.model=resnet18", f"--model.weights={weights}")
+
+
+def test_a_printed_config_is_one_for_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        quickstart(tmp_path, "--print_config")
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    run("plan", printed)
+    assert "units for 512 calibration images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("option", "rule"),
     [
         ("--model.method=magic", "'nearest', 'adaround', 'brecq', 'qdrop', 'pdquant'"),
@@ -465,11 +489,6 @@ def test_a_missing_data_folder_is_named(tmp_path: Path, weights: Path) -> None:
 def test_the_cifar10_configs_never_calibrate_an_untrained_network(tmp_path: Path, small_images: Path) -> None:
     with pytest.raises(PTQError, match=r"weights='resnet20.pt' is no file"):
         small_fit(CIFAR10[0], tmp_path, f"--data.root={small_images}")
-
-
-def test_weights_that_torchvision_does_not_know_are_named(tmp_path: Path) -> None:
-    with pytest.raises(PTQError, match=r"weights='resnet18.pth'.*weights file that exists"):
-        small_fit(IMAGENET[0], tmp_path, "--model.weights=resnet18.pth")
 
 
 def test_weights_that_cannot_be_downloaded_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

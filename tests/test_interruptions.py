@@ -152,7 +152,9 @@ def test_sigterm_ends_behind_a_checkpoint_of_the_step_with_the_shells_exit_code(
     assert_goes_on(tmp_path)
 
 
-def test_what_ended_a_run_decides_what_is_said_of_going_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_ended_a_run_decides_what_is_said_of_going_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def said(name: str, **how: Any) -> list[str]:
         with suppress(SystemExit):
             trainer(tmp_path / name, **how).fit(tiny_module(), datamodule=tiny_data())
@@ -170,6 +172,10 @@ def test_what_ended_a_run_decides_what_is_said_of_going_on(tmp_path: Path, capsy
     assert early == ["not finished: 0 units are done, and there is no last.ckpt yet: begin again."]
     later = said("later", callbacks=[At(9, interrupt)])
     assert later == [f"not finished: 1 unit is done. {go_on('later')}."], "no table, and nothing to lift"
+    with monkeypatch.context() as patched:  # in the middle of the first checkpoint
+        patched.setattr(L.Trainer, "save_checkpoint", lambda *_, **__: interrupt())
+        unwritten = said("unwritten", callbacks=[])
+    assert unwritten == ["not finished: 1 unit is done, and there is no last.ckpt yet: begin again."]
     terminated = said("terminated", callbacks=[At(14, terminate)])
     assert terminated == [f"not finished: 2 units are done. {go_on('terminated')}."]
     (limited,) = said("limited", max_steps=14)

@@ -88,6 +88,14 @@ def test_a_displaced_weight_comes_back_from_an_error_and_is_the_layers_alone() -
     assert layer.weight is weight
 
 
+def test_what_takes_long_says_how_long() -> None:
+    pair, said = chains(), list[str]()
+    lost_by(pair, tiny_images(16), False, say=said.append)
+    assert [line.split(", at most")[0] for line in said] == [
+        f"mixed precision: {done} of 12 tensors are tried" for done in (3, 6, 9)
+    ]
+
+
 def test_only_what_can_be_chosen_is_tried() -> None:
     pair = chains(QuantConfig(overrides={"blocks.1.conv1": {"weight_bits": 8}}))
     among = choices(pair.layers, "bops")

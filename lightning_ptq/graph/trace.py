@@ -124,7 +124,7 @@ def trace(model: nn.Module, leaf_modules: Sequence[str] = (), is_part: bool = Fa
 
 
 def check_eval(model: nn.Module) -> None:
-    """Raise `PTQError` for the first module in training mode, or the first parameter without a shape."""
+    """Raise `PTQError` for the first module in training mode, or parameter without a shape or of half precision."""
     for name, module in model.named_modules():
         if module.training:
             which = f"module {name!r} ({type(module).__name__})" if name else type(model).__name__
@@ -138,6 +138,9 @@ def check_eval(model: nn.Module) -> None:
             f"{lazy[0]!r} has no shape yet: a lazy module takes it from the first image. Give the trained network, or "
             "call it once and load its weights."
         )
+    half = [(name, p.dtype) for name, p in model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)]
+    if half:
+        raise PTQError(f"{half[0][0]!r} is in {str(half[0][1]).removeprefix('torch.')}. Call model.float() first.")
 
 
 def check_leaf_modules(model: nn.Module, patterns: Sequence[str]) -> None:
