@@ -151,6 +151,16 @@ def test_a_run_that_was_done_is_continued_into_a_whole_run_folder(tmp_path: Path
     assert_equal_states(*states)
 
 
+def test_a_run_that_was_done_keeps_the_counts_of_its_images(tmp_path: Path) -> None:
+    trainer(tmp_path / "run").fit(tiny_module(held_out=0.5), datamodule=tiny_data(40, more=20))
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    trainer(tmp_path / "again").fit(tiny_module(held_out=0.5), datamodule=tiny_data(24), ckpt_path=last)
+    first, second = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run", "again"))
+    for key in ("calibration_samples", "judging_samples", "digests"):
+        assert second[key] == first[key], key
+    assert first["judging_samples"] == 20
+
+
 def test_seconds_add_up_over_what_was_resumed(tmp_path: Path) -> None:
     first = tiny_module(steps_per_unit=4)
     trainer(tmp_path / "first", max_steps=6).fit(first, datamodule=tiny_data())
