@@ -32,7 +32,7 @@ def build_network(model: nn.Module | str, weights: str | None) -> nn.Module:
     """
     network = model if isinstance(model, nn.Module) else build_model(model, weights)
     if weights is not None and (Path(weights).exists() or not is_torchvision(model)):
-        state = read_state(weights)
+        state = unwrapped(network, read_state(weights))
         if isinstance(model, str) and is_torchvision(model) and (classes := other_classes(network, state)):
             network = build_model(model, num_classes=classes)
         load_state(network, state, weights)
@@ -111,7 +111,7 @@ def _suggestion(name: str) -> str:
 
 def load_weights(model: nn.Module, path: str) -> None:
     """Load a state dict, bare or below "state_dict" or "model", strictly and without running code from the file."""
-    load_state(model, read_state(path), path)
+    load_state(model, unwrapped(model, read_state(path)), path)
 
 
 def read_state(path: str) -> Any:
@@ -129,6 +129,21 @@ def read_state(path: str) -> Any:
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
+    return state
+
+
+def unwrapped(model: nn.Module, state: Any) -> Any:
+    """The part of `state` that is the model's, where a wrapper put its name for it before every key.
+
+    That is "module." in what DDP saves, and an attribute's name in a LightningModule's checkpoint.
+    """
+    own = model.state_dict().keys()
+    first = next(iter(own), "")
+    wrapped = [str(key) for key in state if str(key).endswith(f".{first}")] if isinstance(state, dict) else []
+    for prefix in (key.removesuffix(first) for key in wrapped):
+        part = {str(key).removeprefix(prefix): value for key, value in state.items() if str(key).startswith(prefix)}
+        if part.keys() == own:
+            return part
     return state
 
 

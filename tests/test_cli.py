@@ -24,6 +24,7 @@ from lightning_ptq import DigitsData, PTQError
 from lightning_ptq.building import build_model, build_network, load_weights
 from lightning_ptq.cli import main
 from lightning_ptq.models import digits_net, resnet20
+from tests.helpers import TinyNet, assert_equal_states, tiny_net
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -458,6 +459,20 @@ def test_weights_that_do_not_fit_are_refused_and_run_no_code(
     with pytest.raises(PTQError, match=message):
         quickstart(tmp_path / "run", f"--model.weights={tmp_path / 'weights.pt'}")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.net."])
+def test_weights_that_a_wrapper_saved_are_the_model_s(tmp_path: Path, prefix: str) -> None:
+    """Those of DDP, and of a LightningModule with parameters of its own."""
+    trained, model = tiny_net(), TinyNet()
+    wrapped = {prefix + key: value for key, value in trained.state_dict().items()}
+    torch.save({"state_dict": {"loss.weight": torch.ones(3), **wrapped}}, tmp_path / "weights.pt")
+    load_weights(model, str(tmp_path / "weights.pt"))
+    assert_equal_states(model.state_dict(), trained.state_dict())
+    del wrapped[f"{prefix}fc.bias"]
+    torch.save(wrapped, tmp_path / "weights.pt")
+    with pytest.raises(PTQError, match=r"do not fit TinyNet: .* missing"):
+        load_weights(model, str(tmp_path / "weights.pt"))
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model"])
