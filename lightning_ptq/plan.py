@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from lightning_ptq.allocation import choices
 from lightning_ptq.config import QuantConfig
 from lightning_ptq.graph import ChainPair
 from lightning_ptq.graph.arithmetic import multiply_adds
 from lightning_ptq.memory import CacheSizes, unit_shapes
 from lightning_ptq.network import NETWORK
 from lightning_ptq.quantizers import LogQuantizer, act_quantizers
+from lightning_ptq.sensitivity import Kind
 from lightning_ptq.store import CacheType
 
 
@@ -22,9 +24,10 @@ def plan_text(
 ) -> str:
     """One line for each unit with shapes, parameters and cache size, one for each layer, and what stays float.
 
-    `network` adds the epoch of the whole network, which has no layers of its own. Where but a `part` of a model is
-    quantized, `image_shape` is that of what it reads.
+    Bits that are yet to be chosen are "?". `network` adds the epoch of the whole network, which has no layers of its
+    own. Where but a `part` of a model is quantized, `image_shape` is that of what it reads.
     """
+    open_bits = set[tuple[Kind, str]]() if quant.average_bits is None else choices(chains.layers, quant.budget)
     shapes = unit_shapes(chains.teacher, image_shape)
     sizes = CacheSizes.of(chains.teacher, shapes, samples, dtype)
     lines = [
@@ -39,15 +42,16 @@ def plan_text(
         title = f"{k + 1:>3}  {name}"
         parameters = sum(layer.parameters for layer in layers)
         lines.append(f"{title:<32} {_shape(shapes[k + 1]):>15} {parameters:>12,} {sizes.units[k] / 2**20:>10.1f}")
-        lines += [
-            f"       {layer.name:<36} {layer.kind:<13} W{layer.weight_bits} A{layer.act_bits} {layer.parameters:>12,}"
-            for layer in layers
-        ]
+        for layer in layers:
+            weight_bits = "?" if ("weight", layer.name) in open_bits else layer.weight_bits
+            act_bits = "?" if ("activation", layer.reads) in open_bits else layer.act_bits
+            bits = f"W{weight_bits} A{act_bits}"
+            lines.append(f"       {layer.name:<36} {layer.kind:<13} {bits} {layer.parameters:>12,}")
     if network:
         title = f"{len(chains.student) + 1:>3}  {NETWORK}"
         lines.append(f"{title:<32} {_shape(shapes[-1]):>15} {0:>12,} {sizes.network / 2**20:>10.1f}")
     if quant.average_bits is not None:
-        lines += ["", f"bits that nothing gives are chosen when a fit starts, {quant.average_bits:g} on average"]
+        lines += ["", f"bits that are '?' are chosen when a fit starts, {quant.average_bits:g} on average"]
     quantized, total = multiply_adds(chains.student, image_shape)
     of = "the part's " if part else ""
     lines += ["", f"{100 * quantized / max(total, 1):.2f} % of {of}{total:,} multiply-adds for one image are quantized"]

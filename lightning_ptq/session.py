@@ -318,6 +318,8 @@ class Session:
         """Mixed precision, if it is asked for: decided once, before there are ranges."""
         average = data.config.average_bits
         if average is None:
+            if data.config.budget != "bops":
+                data.say(f"quant.budget={data.config.budget!r} bounds nothing without average_bits")
             return
         among = choices(data.layers, data.config.budget)
         data.say(f"mixed precision: {len(among)} tensors are tried at {', '.join(map(str, BITS))} bits, one at a time")

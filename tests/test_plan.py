@@ -38,6 +38,21 @@ def layers_of(text: str) -> dict[str, tuple[str, str, int]]:
     return {name: (kind, bits, int(count.replace(",", ""))) for name, kind, bits, count in found}
 
 
+def test_bits_that_are_yet_to_be_chosen_are_not_stated() -> None:
+    given = {"blocks.0.conv1": {"weight_bits": 5}, "blocks.1.conv1": {"act_bits": 6}}
+    text = plan(tiny_net(), QuantConfig(average_bits=3.0, overrides=given))
+    found = dict(re.findall(r"^ +(\S+) +\w+ +(W\S+ A\S+) +[\d,]+$", text, re.MULTILINE))
+    assert found == {
+        "stem": "W8 A8",
+        "blocks.0.conv1": "W5 A?",
+        "blocks.0.conv2": "W? A?",
+        "blocks.1.conv1": "W? A6",
+        "blocks.1.conv2": "W? A?",
+        "fc": "W8 A8",
+    }
+    assert "bits that are '?' are chosen when a fit starts, 3 on average" in text
+
+
 class Attention(nn.Module):
     """A layer norm, which stays in float, and a product of activations, which does not, between two layers."""
 

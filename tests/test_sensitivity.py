@@ -320,6 +320,12 @@ def test_a_fit_chooses_bits_once_and_a_checkpoint_keeps_them(tmp_path: Path) -> 
     assert resumed.session.bits == whole.session.bits
 
 
+def test_a_budget_of_nothing_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        trainer(tmp_path).fit(PTQModule(tiny_net(), QuantConfig(budget="size"), "nearest"), datamodule=tiny_data())
+    assert "quant.budget='size' bounds nothing without average_bits" in caplog.text
+
+
 def test_bits_are_given_by_name() -> None:
     pair = chains()
     apply(pair.student, {"blocks.0.conv1": 3}, {"act_relu_1": 5})
