@@ -56,7 +56,7 @@ def build_model(name: str, weights: str | None = None, **options: int) -> nn.Mod
             takes = signature(torchvision.models.get_model_builder(name)).parameters
             own = {"weights_backbone": None} if named is None and "weights_backbone" in takes else {}
             return torchvision.models.get_model(name, weights=named, **own, **options)  # type: ignore[no-any-return]
-        except (ValueError, KeyError) as error:
+        except ValueError as error:
             raise PTQError(
                 f"model={name!r} with weights={weights!r}: {error}.{_suggestion(name)} Name a model and weights of "
                 "torchvision, a weights file that exists, or the import path of a function that returns a model."
@@ -104,8 +104,6 @@ def _suggestion(name: str) -> str:
     names = {model: model for model in list_models()} | {
         model: f"{_OURS}.{model}" for model in ("resnet20", "digits_net")
     }
-    if name in list_models():  # it is the weights that torchvision does not know
-        return ""
     return "".join(f" Did you mean {names[near]}?" for near in get_close_matches(name, names, n=1))
 
 

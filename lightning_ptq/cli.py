@@ -25,7 +25,7 @@ from lightning_ptq.errors import PTQError
 from lightning_ptq.failures import exit_code, explained
 from lightning_ptq.files import write_whole
 from lightning_ptq.interruptions import LAUNCHER
-from lightning_ptq.parser import PROGRAM, USAGE, CommandParser
+from lightning_ptq.parser import NOT_EVERYWHERE, PROGRAM, USAGE, CommandParser
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -37,8 +37,7 @@ class SaveRunConfig(SaveConfigCallback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check the folder first: this callback runs before every other."""
         check_run_folder(trainer)
-        # What only some subcommands take: with it, `plan` and others would refuse the run's config.
-        for key in ("ckpt_path", "weights_only"):
+        for key in NOT_EVERYWHERE:
             self.config.pop(key, None)
         folder = run_folder(trainer)
         if trainer.is_global_zero:

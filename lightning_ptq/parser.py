@@ -145,6 +145,10 @@ class _Formatter(DefaultHelpFormatter):
         return re.sub(r",? known subclasses: [^)]*", "", str(super()._expand_help(action)))
 
 
+# Options of some subcommands: the others would refuse a config that has them.
+NOT_EVERYWHERE = ("ckpt_path", "weights_only")
+
+
 class CommandParser(LightningArgumentParser):
     """What a subcommand can't do without is given by position: `compare A B`."""
 
@@ -182,8 +186,8 @@ class CommandParser(LightningArgumentParser):
                 action.help = text
 
     def dump(self, cfg: Any, *args: Any, **kwargs: Any) -> str:
-        """A config as YAML, without what only some commands take and is not given: the others would refuse it."""
-        unset = [key for key in ("ckpt_path", "weights_only") if cfg.get(key, ...) is None]
+        """A config as YAML, without those of `NOT_EVERYWHERE` that are not given."""
+        unset = [key for key in NOT_EVERYWHERE if cfg.get(key, ...) is None]
         if unset:
             cfg = cfg.clone()
             for key in unset:

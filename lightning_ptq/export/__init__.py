@@ -99,7 +99,7 @@ def compare_lowered(module: PTQModule, path: str | Path, images: Tensor | None =
     Arguments as those of `export_pt2`, errors as those of `lower_pt2`.
     """
     path = Path(path)
-    images = calibration_images(module) if images is None else given_images(module, images)
+    images = images_to_compare(module, images)
 
     def write(to: Path, every_unit: bool) -> None:
         save_pt2(module.student, tuple(images.shape[1:]), to, every_unit)
@@ -118,7 +118,7 @@ def compare_lowered(module: PTQModule, path: str | Path, images: Tensor | None =
 def prepare(module: PTQModule, path: Path, images: Tensor | None, overwrite: bool) -> tuple[Path, Tensor]:
     """Check what is to be exported; the images to compare on."""
     check_exportable(module, path, overwrite)
-    images = calibration_images(module) if images is None else given_images(module, images)
+    images = images_to_compare(module, images)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path, images
 
@@ -164,8 +164,10 @@ def compared(
     return ParityReport(str(path), size, len(images), agreement, sqnr_db, largest, passed, plain_db, own_db, unit)
 
 
-def given_images(module: PTQModule, images: Tensor) -> Tensor:
-    """Images (N, C, H, W) in float32, as the student reads them; `PTQError` for others."""
+def images_to_compare(module: PTQModule, images: Tensor | None) -> Tensor:
+    """Images (N, C, H, W) in float32, as the student reads them, or those of the calibration; `PTQError` for others."""
+    if images is None:
+        return calibration_images(module)
     if images.dtype != torch.float32 or images.dim() != 4 or not len(images):
         raise PTQError(
             f"parity needs images (N, C, H, W) in float32, and got {tuple(images.shape)} in "
