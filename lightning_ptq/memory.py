@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from lightning_ptq.errors import PTQError
+from lightning_ptq.graph.export import unlogged
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.store import CacheType, Tier, readable
 
@@ -49,17 +48,6 @@ def bytes_of(budget: int | str | None) -> int | None:
     return size
 
 
-@contextmanager
-def quiet(name: str) -> Iterator[None]:
-    """Inside, the logger called so says nothing: what it would print is raised as well."""
-    logger = logging.getLogger(name)
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
-
-
 def unit_shapes(chain: Chain, image_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Shape of one image (C, H, W) and of every unit's output for it.
 
@@ -69,7 +57,7 @@ def unit_shapes(chain: Chain, image_shape: tuple[int, ...]) -> list[tuple[int, .
         PTQError: images of this shape do not fit a unit, which is named.
     """
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), quiet("torch._subclasses.fake_tensor"):
+        with FakeTensorMode(allow_non_fake_inputs=True), unlogged():
             return _shapes(chain, image_shape)
     except _LOOKS_AT_VALUES:
         return _shapes(chain, image_shape)
