@@ -38,6 +38,7 @@ from lightning_ptq.errors import PTQError
 from lightning_ptq.fingerprint import model_digest
 from lightning_ptq.graph import build_chain
 from lightning_ptq.graph.fold import statistics_of
+from lightning_ptq.graph.given import plain
 from lightning_ptq.loader import UnitLoader
 from lightning_ptq.losses import ContrastiveConfig, Term
 from lightning_ptq.losses.objectives import network_objective, unit_objective
@@ -195,6 +196,7 @@ class PTQModule(Resuming):
             distribution_steps=distribution_steps,
         )
         built = {"leaf_modules": list(leaf_modules), "image_shape": image_shape and list(image_shape)}
+        model = plain(model)
         part = likely_part(model) if part is None else part or None
         surroundings = None if part is None else Surroundings(model, part)
         if surroundings is not None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lightning_ptq.errors import PTQError
 from lightning_ptq.graph.pack import pack_of, unpacked
-from lightning_ptq.graph.trace import check_eval
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.losses import ContrastiveConfig
 from lightning_ptq.methods import Method
@@ -58,7 +57,7 @@ class Surroundings(nn.Module):
         part: qualified name of the submodule, which takes one tensor (N, C, H, W).
 
     Raises:
-        PTQError: no such submodule, or something in training mode.
+        PTQError: no such submodule.
     """
 
     def __init__(self, model: nn.Module, part: str) -> None:
@@ -67,7 +66,6 @@ class Surroundings(nn.Module):
         if part not in modules or not part:
             children = ", ".join(repr(name) for name, _ in model.named_children())
             raise PTQError(f"part={part!r} names no module of {type(model).__name__}. It has {children}.")
-        check_eval(model)
         self.part, self.opening = part, _Opening()
         # The memo keeps deepcopy from copying the part: the opening takes its place.
         self.model = deepcopy(model, {id(modules[part]): self.opening}).requires_grad_(False)

@@ -15,6 +15,7 @@ from lightning_ptq.graph.capture import capture
 from lightning_ptq.graph.constants import fold_constants
 from lightning_ptq.graph.cuts import computed, find_cuts, find_taps, slices
 from lightning_ptq.graph.fold import fold_batch_norm, normalise, untie
+from lightning_ptq.graph.given import plain
 from lightning_ptq.graph.modularise import modularise
 from lightning_ptq.graph.norms import find_norms, give_biases
 from lightning_ptq.graph.pairs import find_pairs
@@ -89,11 +90,11 @@ def build_chain(
             one only, and are no scores of classes.
 
     Raises:
-        PTQError: the model cannot be traced or has nothing to quantize; a pattern matches nothing; an
-            unknown granularity.
+        PTQError: what `plain` raises; the model cannot be traced or has nothing to quantize; a pattern matches
+            nothing; an unknown granularity.
     """
     check_option(granularity, get_args(Granularity), "granularity")
-    captured = capture(model, leaf_modules, image_shape, is_part)
+    captured = capture(plain(model), leaf_modules, image_shape, is_part)
     gm = captured.gm
     normalise(gm)
     fold_constants(gm)

@@ -8,14 +8,12 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from fnmatch import fnmatchcase
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import fx, nn
 from torch.nn.modules.activation import MultiheadAttention
-from torch.nn.parameter import is_lazy
 
 from lightning_ptq.errors import PTQError
 from lightning_ptq.graph.pack import pack_outputs
@@ -105,10 +103,9 @@ def trace(model: nn.Module, leaf_modules: Sequence[str] = (), is_part: bool = Fa
         is_part: of another model, which reads all of its outputs: they are returned packed, not the main one only.
 
     Raises:
-        PTQError: a module in training mode or never called, a pattern without a match, code that fx cannot trace (with
-            the line), several inputs, or an output that is not one tensor.
+        PTQError: a module that is never called, a pattern without a match, code that fx cannot trace (with the line),
+            several inputs, or an output that is not one tensor.
     """
-    check_eval(model)
     check_leaf_modules(model, leaf_modules)
     tracer = ModuleTracer(leaf_modules)
     root = deepcopy(model).requires_grad_(False)
@@ -118,29 +115,16 @@ def trace(model: nn.Module, leaf_modules: Sequence[str] = (), is_part: bool = Fa
         raise
     except Exception as error:
         raise TraceError(describe_failure(model, tracer.path, error), tracer.path) from error
+    (image,) = graph.find_nodes(op="placeholder")
+    keys = [node.args[1] for node in image.users if op_name(node) == "getitem" and isinstance(node.args[1], str)]
+    if keys:
+        raise PTQError(
+            f"{type(model).__name__}.forward takes a dict, of which it reads {keys[0]!r}; a model to quantize takes "
+            "one tensor. Wrap it in a module that makes the dict."
+        )
     gm = fx.GraphModule(root, graph)
     set_output(model, gm, graph.output_node().args[0], is_part)
     return gm
-
-
-def check_eval(model: nn.Module) -> None:
-    """Raise `PTQError` for the first module in training mode, or parameter without a shape or of half precision."""
-    for name, module in model.named_modules():
-        if module.training:
-            which = f"module {name!r} ({type(module).__name__})" if name else type(model).__name__
-            raise PTQError(
-                f"{which} is in training mode; a teacher is frozen, with fixed batch-norm statistics and no dropout. "
-                "Call model.eval() first."
-            )
-    lazy = [name for name, x in chain(model.named_parameters(), model.named_buffers()) if is_lazy(x)]
-    if lazy:
-        raise PTQError(
-            f"{lazy[0]!r} has no shape yet: a lazy module takes it from the first image. Give the trained network, or "
-            "call it once and load its weights."
-        )
-    half = [(name, p.dtype) for name, p in model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)]
-    if half:
-        raise PTQError(f"{half[0][0]!r} is in {str(half[0][1]).removeprefix('torch.')}. Call model.float() first.")
 
 
 def check_leaf_modules(model: nn.Module, patterns: Sequence[str]) -> None:
