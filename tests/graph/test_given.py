@@ -109,7 +109,7 @@ def test_hooks_of_what_is_traced_through_take_part():
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 def test_torchscript_is_refused_also_inside():
     scripted = torch.jit.trace(tiny_net(), tiny_images(2))
-    with pytest.raises(PTQError, match="the model is TorchScript.*Give the Python model"):
+    with pytest.raises(PTQError, match=r"the model is TorchScript.*Give the Python model"):
         plain(scripted)
     with pytest.raises(PTQError, match="module 'inside' is TorchScript"):
         plain(Wrapping(scripted).eval())
@@ -121,13 +121,13 @@ def test_what_has_no_forward_is_refused_with_what_is_in_it():
             super().__init__()
             self.net, self.criterion = tiny_net(), nn.CrossEntropyLoss()
 
-    with pytest.raises(PTQError, match="Training has no forward. Give the network in it: it holds net, criterion"):
+    with pytest.raises(PTQError, match=r"Training has no forward\. Give the network in it: it holds net, criterion"):
         plain(Training().eval())
 
 
 def test_a_program_exported_in_training_mode_is_refused():
     net = TinyNet().train()
-    with pytest.raises(PTQError, match="computes 'batch_norm' as in training.*model.eval"):
+    with pytest.raises(PTQError, match=r"computes 'batch_norm' as in training.*model\.eval"):
         plain(exported(net))
 
 
