@@ -17,6 +17,7 @@ from lightning_ptq.export.lowering import compiled, kernels
 from lightning_ptq.export.onnx import load_onnx, onnx_model, require, save_onnx
 from lightning_ptq.export.packed import load_packed, save_packed
 from lightning_ptq.export.parity import (
+    LEAST,
     LEAST_OPTIMISED,
     ParityReport,
     Run,
@@ -24,7 +25,6 @@ from lightning_ptq.export.parity import (
     compare_outputs,
     first_difference,
     in_double,
-    passes,
 )
 from lightning_ptq.export.pt2 import as_outputs, load_pt2, lower_pt2, lowered, save_pt2
 from lightning_ptq.memory import unit_shapes
@@ -138,17 +138,18 @@ def compared(
     was_training = module.training
     module.eval()
     try:
-        agreement, sqnr_db, largest = compare_outputs(module.student, load(path), images)
-        passed, plain_db, own_db, unit, differs = passes(agreement, sqnr_db), None, None, None, load
+        found = compare_outputs(module.student, load(path), images)
+        passed, plain_db, own_db, unit, differs = found.reaches(*LEAST), None, None, None, load
         if not passed:
-            own_agreement, own_db, _ = compare_outputs(module.student, in_double(module.student), images)
-            least = as_rounding_allows(own_agreement, own_db)
+            own = compare_outputs(module.student, in_double(module.student), images)
+            own_db, least = own.sqnr_db, as_rounding_allows(own)
             if plain is None:
-                passed = passes(agreement, sqnr_db, *least)
+                passed = found.reaches(*least)
             else:
-                plain_agreement, plain_db, _ = compare_outputs(module.student, plain(path), images)
-                if passes(plain_agreement, plain_db, *least):
-                    passed = passes(agreement, sqnr_db, *LEAST_OPTIMISED)
+                unoptimised = compare_outputs(module.student, plain(path), images)
+                plain_db = unoptimised.sqnr_db
+                if unoptimised.reaches(*least):
+                    passed = found.reaches(*LEAST_OPTIMISED)
                 else:
                     differs = plain
         if not passed:
@@ -161,7 +162,8 @@ def compared(
     finally:
         module.train(was_training)
     size = path.stat().st_size
-    return ParityReport(str(path), size, len(images), agreement, sqnr_db, largest, passed, plain_db, own_db, unit)
+    told = (found.agreement, found.sqnr_db, found.largest_difference)
+    return ParityReport(str(path), size, len(images), *told, passed, plain_db, own_db, unit)
 
 
 def images_to_compare(module: PTQModule, images: Tensor | None) -> Tensor:

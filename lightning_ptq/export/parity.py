@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -79,21 +80,48 @@ def one_output(student: Chain, outputs: Sequence[Tensor]) -> Tensor:
     return outputs[0] if pack is None else pack(*outputs)
 
 
+@dataclass(frozen=True)
+class Likeness:
+    """How alike two networks' outputs are.
+
+    Attributes:
+        same: how many images (or pixels) have the same class, of `count`; count is 0 where there are no classes.
+        sqnr_db: signal to difference. largest_difference: of any number.
+    """
+
+    same: int
+    count: int
+    sqnr_db: float
+    largest_difference: float
+
+    @property
+    def agreement(self) -> float | None:
+        """Percent with the same class; None without classes."""
+        return 100.0 * self.same / self.count if self.count else None
+
+    def reaches(self, agreement: float, sqnr_db: float) -> bool:
+        """Whether this may be called the same model: so much percent agree and so many decibels are between them.
+
+        One image of a thousand may differ, and one where there are fewer: two scores may tie.
+        """
+        enough = min(math.ceil((agreement - 0.05) / 100 * self.count), self.count - 1)
+        return self.sqnr_db >= sqnr_db and self.same >= enough
+
+
 @torch.no_grad()
-def compare_outputs(student: Chain, run: Run, images: Tensor) -> tuple[float | None, float, float]:
-    """(agreement in percent or None, SQNR in dB, largest difference) of `run` and the student on `images`."""
+def compare_outputs(student: Chain, run: Run, images: Tensor) -> Likeness:
+    """How alike the outputs of `run` and the student are on `images`."""
     device = next(student.parameters()).device
     same = count = 0
-    sums, largest, scores = torch.zeros(2, dtype=torch.float64), 0.0, False
+    sums, largest = torch.zeros(2, dtype=torch.float64), 0.0
     for x in chunks(images):
         expected, actual = student(x.to(device)).float().cpu(), one_output(student, run(x))
         sums += len(x) * signal_and_noise(actual, expected).double()
         largest = max(largest, float((actual - expected).abs().max()))
-        scores = has_scores(expected) and not student.is_part
-        if scores:
+        if has_scores(expected) and not student.is_part:
             agree = classes(actual) == classes(expected)
             same, count = same + int(agree.sum()), count + agree.numel()
-    return (100.0 * same / count if scores else None), decibels(*sums.tolist()), largest
+    return Likeness(same, count, decibels(*sums.tolist()), largest)
 
 
 def in_double(student: Chain) -> Run:
@@ -107,20 +135,12 @@ def in_double(student: Chain) -> Run:
     return run
 
 
-def as_rounding_allows(own_agreement: float | None, own_sqnr_db: float) -> tuple[float, float]:
-    """What an export has to reach where the simulation in double precision reaches so much, but no less than what its
+def as_rounding_allows(own: Likeness) -> tuple[float, float]:
+    """What an export has to reach where the simulation in double precision is so like itself, but no less than what its
     optimised form has to."""
-    agreement = min(LEAST[0], LEAST[0] if own_agreement is None else own_agreement - _MARGIN[0])
-    sqnr_db = min(LEAST[1], own_sqnr_db - _MARGIN[1])
+    agreement = min(LEAST[0], LEAST[0] if own.agreement is None else own.agreement - _MARGIN[0])
+    sqnr_db = min(LEAST[1], own.sqnr_db - _MARGIN[1])
     return max(agreement, LEAST_OPTIMISED[0]), max(sqnr_db, LEAST_OPTIMISED[1])
-
-
-def passes(
-    agreement: float | None, sqnr_db: float, least_agreement: float = LEAST[0], least_sqnr_db: float = LEAST[1]
-) -> bool:
-    """Whether an export may be called the same model."""
-    # 0.05: one image of a thousand may differ.
-    return sqnr_db >= least_sqnr_db and (agreement is None or agreement >= least_agreement - 0.05)
 
 
 @torch.no_grad()

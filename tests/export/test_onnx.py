@@ -16,7 +16,7 @@ import lightning_ptq as ptq
 from lightning_ptq import PTQError, QuantConfig
 from lightning_ptq.cli import main
 from lightning_ptq.export.onnx import load_onnx, nibbles
-from lightning_ptq.export.parity import in_double
+from lightning_ptq.export.parity import Likeness, in_double
 from tests.helpers import tiny_data, tiny_images, tiny_module, tiny_net, trainer
 
 onnx = pytest.importorskip("onnx")
@@ -220,7 +220,8 @@ def test_ties_are_told_from_errors(
             models[every_unit] = make(student, shape, metadata, every_unit, integers)
         return models[every_unit]
 
-    make, measured = package.onnx_model, iter([(*file, 0.1), (*double, 0.1), (*plain, 0.0)])
+    found = [Likeness(round(10 * agreement), 1000, sqnr, 0.1) for agreement, sqnr in (file, double, plain)]
+    make, measured = package.onnx_model, iter(found)
     monkeypatch.setattr(package, "onnx_model", made_once)
     monkeypatch.setattr(package, "compare_outputs", lambda *args: next(measured))
     report = ptq.export_onnx(eight_bits, tmp_path / "model.onnx", tiny_images(4))
@@ -228,6 +229,12 @@ def test_ties_are_told_from_errors(
     assert f"{plain[1]:.1f} dB without the runtime's optimisations" in report.text()
     assert f"in double precision: {double[1]:.1f} dB" in report.text()
     assert ("as simulated, but for ties" in report.text()) == passed
+
+
+def test_one_image_of_a_thousand_may_differ_and_one_of_fewer() -> None:
+    for same, count, alike in ((1023, 1024, True), (1022, 1024, False), (19, 20, True), (18, 20, False), (0, 0, True)):
+        assert Likeness(same, count, 40.0, 0.1).reaches(99.9, 40.0) == alike, (same, count)
+    assert not Likeness(20, 20, 39.9, 0.1).reaches(99.9, 40.0)
 
 
 def test_in_double_precision_the_simulation_is_itself(eight_bits: ptq.PTQModule) -> None:
@@ -320,7 +327,7 @@ def test_export_from_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "no int8 kernels: " in said  # these weights are not symmetric
     with pytest.raises(PTQError, match="exists and is kept"):
         main(args)
-    monkeypatch.setattr("lightning_ptq.export.passes", lambda *measured, **how: False)
+    monkeypatch.setattr("lightning_ptq.export.parity.Likeness.reaches", lambda *args: False)
     with pytest.raises(SystemExit) as stopped:
         main([*args, "--overwrite=true"])
     assert stopped.value.code == 1
