@@ -147,6 +147,8 @@ def _run_unit(unit: nn.Module, x: Tensor, name: str) -> Tensor:
         raise PTQError(
             f"unit {name!r}: the float network gives {error}. Check the calibration images and the model's weights."
         ) from None
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, AssertionError) as error:
         raise PTQError(
             f"unit {name!r} can't take an input of shape {tuple(x.shape)}: {error}. "

@@ -13,7 +13,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback, instantiate_class
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_ptq.building import build_network, is_torchvision
 from lightning_ptq.callbacks import PredictionFile
@@ -113,13 +113,14 @@ class PTQCLI(LightningCLI):
         if config.get("weights_only", False) is None:
             config.weights_only = True  # Lightning would run code from a checkpoint that is read from a URL
         self._untrained: str | None = None
-        if self.subcommand == "plan":
-            model = self.config.plan.model
-            if model.weights is not None and not Path(model.weights).is_file():
-                self._untrained = f"weights={model.weights!r} is no file, and plan downloads none"
-                model.weights = None
-            elif model.weights is None and is_torchvision(model.model):
-                self._untrained = f"no weights are given for {model.model!r}"
+        model, plans = config.model, self.subcommand == "plan"
+        if plans and model.weights is not None and not Path(model.weights).is_file():
+            self._untrained = f"weights={model.weights!r} is no file, and plan downloads none"
+            model.weights = None
+        elif model.weights is None and is_torchvision(model.model):
+            self._untrained = f"no weights are given for {model.model!r}"
+            if not plans:
+                rank_zero_warn(f"{self._untrained}, so it has random ones. Give a file, or DEFAULT (model.weights).")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Lightning's refusals in one sentence with a way out."""

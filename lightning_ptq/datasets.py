@@ -43,7 +43,8 @@ def eval_transform(
         crop: side of the square cut from the centre; None keeps everything.
 
     Raises:
-        PTQError: a size that is not positive, a crop larger than the resized image, or a std that is not positive.
+        PTQError: a size that is not positive, a crop larger than the resized image, or a mean or std that values on
+            [0, 1] can't have.
     """
     for name, size in (("resize", resize), ("crop", crop)):
         if size is not None and size < 1:
@@ -55,6 +56,11 @@ def eval_transform(
     if not all(math.isfinite(m) for m in mean) or not all(math.isfinite(s) and s > 0 for s in std):
         raise PTQError(
             f"data.mean={tuple(mean)}, data.std={tuple(std)} cannot normalise. Use finite means and std > 0."
+        )
+    if not all(0 <= m <= 1 for m in mean) or any(s > 1 for s in std):
+        raise PTQError(
+            f"data.mean={tuple(mean)}, data.std={tuple(std)} are none of values on [0, 1], as images are read. Divide "
+            "those of values up to 255 by 255."
         )
     steps: list[torch.nn.Module] = []
     if resize is not None:

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_ptq.datasets import class_names
 from lightning_ptq.errors import PTQError
 from lightning_ptq.functional import in_float32
 from lightning_ptq.graph import Chain
@@ -28,6 +30,7 @@ class Evaluation(L.LightningModule):
         # What a part's model is around it, in float; None where all of the model is quantized.
         self.surroundings = surroundings
         self._gives_tensor: bool | None = None
+        self._told_classes = False
         # Of images that have classes: this process's, as the last validation found them, see `record.confusion`.
         self.class_pairs: dict[str, list[Tensor]] = {}
         self.class_count = 0
@@ -66,13 +69,14 @@ class Evaluation(L.LightningModule):
     def _look_at(self, batch: Any) -> None:
         images, labels = images_and_labels(batch)
         run, whole = self._comparison(images)
-        outputs = {"teacher": run(self.teacher)}
+        outputs = {"teacher": _run_on(images, lambda: run(self.teacher))}
         teacher = outputs["teacher"]
         has_classes = whole and has_scores(teacher)
         labels = None if labels is None or not has_classes else class_labels(labels, teacher)
         if labels is not None:
             counted = labels[labels >= 0]
             _check_labels(int(counted.max()) if len(counted) else 0, teacher.shape[1])
+            self._compare_classes(teacher.shape[1])
         if self.trainer.sanity_checking:
             return  # images and labels have passed; what Lightning measures here it throws away
         outputs["student"] = run(self.student)
@@ -89,6 +93,18 @@ class Evaluation(L.LightningModule):
                     self.class_count = teacher.shape[1]
                     pairs = classes(teacher) * self.class_count + classes(output)
                     self.class_pairs.setdefault(name, []).append(pairs)
+
+    def _compare_classes(self, outputs: int) -> None:
+        """Say once where the labels are of fewer classes than the network's: they may be of others."""
+        names = class_names(self.trainer.val_dataloaders or ())
+        if names and len(names) < outputs and not self._told_classes:
+            self._told_classes = True
+            warnings.warn(
+                f"validation images are of {len(names)} classes, and the network has {outputs} outputs: labels are "
+                f"taken for the first {len(names)} of these. Where they are others, top-1 means nothing, and agreement "
+                "with the teacher still does. Give one class folder for each output.",
+                stacklevel=2,
+            )
 
     def _comparison(self, images: Any) -> tuple[Callable[[Chain], Tensor], bool]:
         """(chain -> what to compare of it on `images`, whether that is the model's own output and not a part's).
@@ -178,6 +194,25 @@ def class_labels(labels: Tensor, output: Tensor) -> Tensor | None:
     return labels.where(there, -1)
 
 
+def _run_on(images: Any, run: Callable[[], Tensor]) -> Tensor:
+    """What `run` gives for validation images; raises `PTQError` for those that the network can't take."""
+    if isinstance(images, Tensor) and not images.is_floating_point():
+        raise PTQError(
+            f"validation images are {str(images.dtype).removeprefix('torch.')}; the network reads floats. Convert and "
+            "normalise them in the data set's transform, as those of calibration."
+        )
+    try:
+        return run()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:
+        shape = tuple(images.shape) if isinstance(images, Tensor) else [tuple(image.shape) for image in images]
+        raise PTQError(
+            f"the network can't take validation images of shape {shape}: {error}. Give them the size and the channels "
+            "of those of calibration."
+        ) from error
+
+
 def _check_labels(largest: int, outputs: int) -> None:
     if largest >= outputs:
         raise PTQError(
@@ -193,5 +228,8 @@ def images_and_labels(batch: Any) -> tuple[Any, Tensor | None]:
     if isinstance(batch, list | tuple) and all(isinstance(image, Tensor) and image.dim() == 3 for image in batch):
         return list(batch), None
     if isinstance(batch, (tuple, list)):
-        return batch[0], batch[1] if len(batch) > 1 and isinstance(batch[1], Tensor) else None
+        labels = batch[1] if len(batch) > 1 else None
+        if isinstance(labels, tuple | list) and all(isinstance(label, str) for label in labels):
+            warnings.warn("labels are text: top-1 is not measured. Give the number of each class.", stacklevel=2)
+        return batch[0], labels if isinstance(labels, Tensor) else None
     return batch, None

@@ -200,12 +200,12 @@ def test_the_help_names_this_program_and_every_subcommand(capsys: pytest.Capture
 
 @pytest.fixture
 def small_images(tmp_path: Path, write_image: Callable[..., Path]) -> Path:
-    """Folder with calib/ and train/ (8 images each) and val/ (two classes), 32x32 pixels."""
+    """Folder with calib/ and train/ (8 images each) and val/ (ten classes), 32x32 pixels."""
     for seed in range(8):
         for name in ("calib", "train/cat"):
             write_image(tmp_path / "images" / name / f"{seed}.jpg", size=(32, 32), seed=seed)
-    for seed, label in enumerate(("cat", "dog")):
-        write_image(tmp_path / "images" / "val" / label / "0.jpg", size=(32, 32), seed=10 + seed)
+    for label in range(10):
+        write_image(tmp_path / "images" / "val" / str(label) / "0.jpg", size=(32, 32), seed=10 + label)
     return tmp_path / "images"
 
 
@@ -322,8 +322,10 @@ def test_the_imagenet_configs_are_planned_without_weights_or_data(
 
 def test_the_resnet18_config_runs_on_a_folder_of_images(small_images: Path, tmp_path: Path) -> None:
     (config,) = (path for path in IMAGENET if "resnet18" in path.stem)
-    small_fit(config, tmp_path / "run", f"--data.root={small_images}", "--model.weights=null", "--data.resize=36",
-              "--data.crop=32", "--data.num_workers=0")  # fmt: skip
+    untrained = pytest.warns(UserWarning, match="no weights are given for 'resnet18', so it has random ones")
+    with untrained, pytest.warns(UserWarning, match="are of 10 classes, and the network has 1000 outputs"):
+        small_fit(config, tmp_path / "run", f"--data.root={small_images}", "--model.weights=null", "--data.resize=36",
+                  "--data.crop=32", "--data.num_workers=0")  # fmt: skip
 
 
 # ---- errors ----

@@ -62,6 +62,8 @@ def test_without_resize_and_crop_the_size_stays(write_image, tmp_path: Path) -> 
         ({"resize": 8, "crop": 9}, "data.crop=9 is larger than data.resize=8"),
         ({"std": (0.5, 0.0, 0.5)}, "std > 0"),
         ({"mean": (float("nan"), 0.5, 0.5)}, "finite means"),
+        ({"mean": (123.7, 116.3, 103.5), "std": (58.4, 57.1, 57.4)}, "Divide those of values up to 255 by 255"),
+        ({"std": (58.4, 57.1, 57.4)}, "none of values on [0, 1]"),
     ],
 )
 def test_a_transform_that_cannot_work_is_refused(options: dict[str, object], message: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from lightning_ptq import CalibrationDataModule, PTQError, PTQModule, Term, UnitBatch
 from lightning_ptq.cache import Order
@@ -276,34 +275,6 @@ def test_at_bf16_an_8_bit_quantizer_still_hits_every_integer() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         values = q(torch.arange(256.0))
     assert torch.equal(values, torch.arange(256.0))
-
-
-def test_a_label_that_no_output_stands_for_is_refused(tmp_path: Path) -> None:
-    images = tiny_images(8)
-    outputs = tiny_net()(images).shape[1]
-    labels = torch.arange(8) + outputs - 7
-    validation = DataLoader(TensorDataset(images, labels), batch_size=8)
-    data = CalibrationDataModule.from_loaders([tiny_images(40)], validation, calibration_samples=40)
-    with pytest.raises(PTQError, match=rf"label {outputs}, but the model's {outputs} outputs stand for labels up to"):
-        trainer(tmp_path, num_sanity_val_steps=1).fit(tiny_module(), datamodule=data)
-
-
-@pytest.mark.parametrize(("form", "top1"), [("plain", 75.0), ("column", 75.0), ("none", None), ("one-hot", None)])
-def test_only_labels_that_say_something_count(tmp_path: Path, form: str, top1: float | None) -> None:
-    net, images = tiny_net(), tiny_images(8)
-    labels = net(images).argmax(1)
-    labels[::2] = -1
-    labels[1] = (labels[1] + 1) % 5  # the one of four that is wrong
-    others = {"column": labels[:, None], "none": -torch.ones_like(labels), "one-hot": torch.eye(5)[labels]}
-    labels = others.get(form, labels)
-    validation = DataLoader(TensorDataset(images, labels), batch_size=8)
-    data = CalibrationDataModule.from_loaders([tiny_images(40)], validation, calibration_samples=40)
-    told = pytest.warns(UserWarning, match=r"labels of shape \(8, 5\) do not fit an output of shape \(8, 5\)")
-    with told if form == "one-hot" else nullcontext():
-        trainer(tmp_path).fit(PTQModule(net, method="nearest", batch_size=8), datamodule=data)
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["teacher_top1"] == top1
-    assert (summary["student_top1"] is None) == (top1 is None)
 
 
 def test_a_trainer_validates_afterwards_with_loaders_that_the_fit_had_not(tmp_path: Path) -> None:
