@@ -59,7 +59,14 @@ GRIDS: dict[str, Grid] = {
         "options": [{"augment": {"flip": True, "shift": 2}}],
     },
     # Bits chosen for each layer; "w3a3" sets the budget's yardstick only.
-    "mixed": {"bits": ["w3a3"], "options": [{}, {"quant": {"average_bits": 3.0}}]},
+    "mixed": {
+        "bits": ["w3a3"],
+        "options": [
+            {},
+            {"quant": {"average_bits": 3.0}},
+            {"quant": {"average_bits": 3.0, "budget": "memory"}},
+        ],
+    },
     # Nothing is learned: bias correction and cross-layer equalisation. A row has plain rounding to nearest as well.
     "unlearned": {
         "model": ["resnet20", "mobilenetv2"],
