@@ -227,7 +227,7 @@ def document(runs: Runs, timed: Runs, folder: Path) -> str:
             grid_table(runs, "best", ["bits", "contrastive"]),
         ),
         ("Nothing learned", grid_table(runs, "unlearned", ["model", "bits", "options"])),
-        ("Mixed precision with the bit operations, or the memory, of W3A3", grid_table(runs, "mixed", ["bits", "options"])),
+        ("Mixed precision with bit operations or memory of W3A3", grid_table(runs, "mixed", ["bits", "options"])),
         ("Steps per unit", grid_table(runs, "steps", ["bits", "steps", "network_steps", "contrastive"])),
         ("The contrastive term", gain_table(runs)),
         ("The contrastive term, all bases together", pooled_table(runs)),
