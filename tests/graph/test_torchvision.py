@@ -77,15 +77,18 @@ def random_model(name: str) -> nn.Module:
 def test_chains_equal_the_model_and_every_layer_is_quantized(name):
     # In fp64, since random deep networks can be chaotic: efficientnet_v2_m in fp32 is 20 % off itself in fp64.
     model = random_model(name).double()
-    called = []
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.register_forward_hook(lambda module, args, output, path=path: called.append(path))
+    layers = []
+    hooks = [
+        module.register_forward_hook(lambda module, args, output, path=path: layers.append(path))
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
     size = SIZES.get(name, 64)
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     with torch.no_grad():
         expected = model(x)
-    layers, called[:] = list(called), []
+    for hook in hooks:
+        hook.remove()
 
     pair = build_chain(model, QuantConfig(), "block")
     with torch.no_grad():
