@@ -103,8 +103,8 @@ def trace(model: nn.Module, leaf_modules: Sequence[str] = (), is_part: bool = Fa
         is_part: of another model, which reads all of its outputs: they are returned packed, not the main one only.
 
     Raises:
-        PTQError: a module that is never called, a pattern without a match, code that fx cannot trace (with the line),
-            several inputs, or an output that is not one tensor.
+        PTQError: a pattern without a match, code that fx cannot trace (with the line), several inputs or a dict of
+            them, or an output that is not one tensor.
     """
     check_leaf_modules(model, leaf_modules)
     tracer = ModuleTracer(leaf_modules)
