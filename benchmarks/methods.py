@@ -58,14 +58,20 @@ GRIDS: dict[str, Grid] = {
         "network_steps": [1500],
         "options": [{"augment": {"flip": True, "shift": 2}}],
     },
-    # Bits chosen for each layer; "w3a3" sets the budget's yardstick only.
+    # Bits chosen for each layer but the first and the last; "w3a3" sets the budget's yardstick only.
     "mixed": {
         "bits": ["w3a3"],
         "options": [
             {},
             {"quant": {"average_bits": 3.0}},
             {"quant": {"average_bits": 3.0, "budget": "memory"}},
+            {"quant": {"average_bits": 3.0, "budget": "size"}},
         ],
+    },
+    # Those of the first and the last as well: 3 bits everywhere, and 3 on average.
+    "mixed_ends": {
+        "bits": ["w3a3"],
+        "options": [{"quant": {"edges": "same"}}, {"quant": {"edges": "same", "average_bits": 3.0}}],
     },
     # Nothing is learned: bias correction and cross-layer equalisation. A row has plain rounding to nearest as well.
     "unlearned": {
