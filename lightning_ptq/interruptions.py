@@ -1,4 +1,4 @@
-"""What becomes of a fit that is interrupted: by a full disk, by SIGTERM, or by the end of one of its processes."""
+"""What becomes of a fit that is interrupted: by a full disk, a signal, or the end of one of its processes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_ptq.files import write_whole
 
-# What a shell reports for a process that SIGTERM ended.
-TERMINATED = 128 + signal.SIGTERM
+# What a shell adds to the number of the signal that ended a process.
+_SHELLS = 128
+_STOPS = b"\nCtrl+C: the fit ends after this step. Once more ends it at once.\n"
 # Steps between two questions whether any process was told to stop: one small message each.
 _ASK_EVERY = 20
 # Where a command's first process leaves its number for those that Lightning starts.
@@ -55,14 +56,16 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 class Interruptions(Callback):
-    """Whole checkpoints; on SIGTERM a checkpoint after the step in progress, and exit code 143, on all processes alike.
+    """Whole checkpoints; at SIGTERM and Ctrl+C a checkpoint after the step in progress, by all processes alike.
 
-    Lightning 2.6 ends at SIGTERM without a checkpoint and with exit code 0, for which who forked or spawned the process
+    Exit codes are 143 and 130. A second Ctrl+C, and one outside of steps, where there is nothing to save, ends at once.
+    Lightning 2.6 ends without a checkpoint, at SIGTERM with exit code 0, for which who forked or spawned the process
     waits on; and its handler sends a message to the other processes, from whatever step each is at.
     """
 
     def __init__(self) -> None:
-        self._terminated = False
+        self._told = 0  # the number of the signal that told this process to stop
+        self._unsaved = False  # whether there may be steps that no checkpoint has
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Take the place of Lightning's own checkpoint writer, but of no other."""
@@ -71,45 +74,70 @@ class Interruptions(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Nobody has told this fit to stop yet."""
-        self._terminated = False
+        self._told, self._unsaved = 0, False
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """As at the start of training, which comes later."""
         self.on_train_start(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the place of Lightning's handler, which put the one before it aside and will put it back."""
+        """Take the place of the handlers that Lightning put aside and will put back."""
         # What Lightning's was told before; its loops end at once where that is set, each process for itself.
-        self._terminated |= trainer.received_sigterm
+        if trainer.received_sigterm:
+            self._told = signal.SIGTERM
         trainer._signal_connector.received_sigterm = False
-        # Raised in three of Lightning's loops, and not seen by `on_exception` in a process that was forked or spawned.
-        SIGTERMException.code = TERMINATED
         if threading.current_thread() is not threading.main_thread():
             return
-        before = trainer._signal_connector._original_handlers.get(signal.SIGTERM)
+        handlers = trainer._signal_connector._original_handlers
+        terminate, interrupt = handlers.get(signal.SIGTERM), handlers.get(signal.SIGINT)
 
-        def told(number: int, frame: Any) -> None:
-            self._terminated = True
-            if callable(before):
-                before(number, frame)
+        def terminated(number: int, frame: Any) -> None:
+            self._told = number
+            if callable(terminate):
+                terminate(number, frame)
 
-        signal.signal(signal.SIGTERM, told)
+        def interrupted(number: int, frame: Any) -> None:
+            if self._told or not self._unsaved:
+                signal.default_int_handler(number, frame)
+            self._told = number
+            if trainer.is_global_zero:
+                os.write(2, _STOPS)  # print is not safe in a handler
+
+        signal.signal(signal.SIGTERM, terminated)
+        if interrupt is signal.default_int_handler:  # a shell has its background jobs ignore Ctrl+C, say
+            signal.signal(signal.SIGINT, interrupted)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """From here on Ctrl+C waits for a checkpoint."""
+        self._unsaved = True
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Have Lightning's loop end here, behind the checkpoint that is written after this callback."""
-        if trainer.world_size == 1:
-            stop = self._terminated
-        elif trainer.global_step % _ASK_EVERY == 0:
-            told = torch.tensor(float(self._terminated), device=trainer.strategy.root_device)
-            stop = bool(trainer.strategy.reduce(told, reduce_op="max"))
-        else:
-            return
-        trainer._signal_connector.received_sigterm = stop
+        if trainer.world_size == 1 or trainer.global_step % _ASK_EVERY == 0:
+            self._stop(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The same, behind the unit's checkpoint."""
+        self._stop(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The unit's checkpoint is written."""
+        self._unsaved = False
 
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         """One process may stop here too; several have no common place, since they may have uneven numbers of images."""
         if trainer.world_size == 1:
-            trainer._signal_connector.received_sigterm = self._terminated
+            self._stop(trainer)
+
+    def _stop(self, trainer: L.Trainer) -> None:
+        """Have Lightning's loop end if any process was told to. A collective call."""
+        number = self._told
+        if trainer.world_size > 1:
+            told = torch.tensor(float(number), device=trainer.strategy.root_device)
+            number = int(trainer.strategy.reduce(told, reduce_op="max"))
+        trainer._signal_connector.received_sigterm = number > 0
+        # Raised in three of Lightning's loops, and not seen by `on_exception` in a process that was forked or spawned.
+        SIGTERMException.code = _SHELLS + number
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Say that another process is the cause, where it is."""

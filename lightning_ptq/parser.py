@@ -88,7 +88,7 @@ EXIT_CODES = """\
     1      done, but a file is not as good as it has to be (export, compare)
     2      wrong input, or a full disk
     3      an error that nobody foresaw
-    130    Ctrl-C
+    130    Ctrl+C: a fit then leaves a checkpoint
     141    nobody reads the output any more
     143    SIGTERM: a fit then leaves a checkpoint"""
 

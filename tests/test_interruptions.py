@@ -142,14 +142,63 @@ def test_what_the_command_line_says_where_something_else_finds_the_disk_full() -
 
 
 @pytest.mark.parametrize("step", [9, 12])  # in a unit, at the end of one
-def test_sigterm_ends_behind_a_checkpoint_of_the_step_with_the_shells_exit_code(tmp_path: Path, step: int) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_behind_a_checkpoint_of_the_step_with_the_shells_exit_code(
+    tmp_path: Path, step: int, number: int, code: int
+) -> None:
+    before = signal.getsignal(number)
+    tell = At(step, lambda: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as exit_:
-        trainer(tmp_path / "run", callbacks=[At(step, terminate)]).fit(tiny_module(), datamodule=tiny_data())
-    assert exit_.value.code == 143
-    assert signal.getsignal(signal.SIGTERM) is before
+        trainer(tmp_path / "run", callbacks=[tell]).fit(tiny_module(), datamodule=tiny_data())
+    assert exit_.value.code == code
+    assert signal.getsignal(number) is before
     assert saved(tmp_path / "run")["global_step"] == step
     assert_goes_on(tmp_path)
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    reached = []
+
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        reached.append("first")
+        os.kill(os.getpid(), signal.SIGINT)
+        reached.append("second")
+
+    with pytest.raises(SystemExit) as exit_:
+        trainer(tmp_path / "run", callbacks=[At(9, twice)]).fit(tiny_module(), datamodule=tiny_data())
+    assert isinstance(exit_.value.__context__, KeyboardInterrupt), "as Lightning ends a run by itself"
+    assert reached == ["first"]
+    assert capfd.readouterr().err.count("Once more ends it at once.") == 1
+    assert saved(tmp_path / "run")["global_step"] == 6, "of the unit before"
+
+
+@pytest.mark.parametrize("where", ["on_train_start", "on_validation_batch_start"])
+def test_ctrl_c_ends_at_once_where_there_is_nothing_to_save(tmp_path: Path, where: str) -> None:
+    reached = []
+
+    def interrupt(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        reached.append("behind")
+
+    callback = Callback()
+    setattr(callback, where, interrupt)
+    with pytest.raises(SystemExit) as exit_:
+        trainer(tmp_path / "run", callbacks=[callback]).fit(tiny_module(), datamodule=tiny_data())
+    assert isinstance(exit_.value.__context__, KeyboardInterrupt)
+    assert not reached
+
+
+def test_a_handler_of_the_users_own_hears_ctrl_c(tmp_path: Path) -> None:
+    heard = []
+    before = signal.signal(signal.SIGINT, lambda *_: heard.append(True))
+    try:
+        trainer(tmp_path / "run", callbacks=[At(9, lambda: os.kill(os.getpid(), signal.SIGINT))]).fit(
+            tiny_module(), datamodule=tiny_data()
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert heard == [True]
 
 
 def test_what_ended_a_run_decides_what_is_said_of_going_on(
