@@ -38,11 +38,14 @@ def units(run: Run) -> Figure | None:
     name_rows(error, [unit["name"] for unit in reports])
     before, after = (values_of(unit[key] for unit in reports) for key in ("mse_before", "mse_after"))
     kept = [unit["accepted"] for unit in reports]
-    if all(not value > 0 for value in (*before, *after)):
+    positive = [value for value in (*before, *after) if value > 0]
+    if not positive:
         error.set_xlim(-1, 1)
     else:
         error.set_xscale("log")
         plain_log(error.xaxis)
+        if max(positive) < 1.001 * min(positive):  # one unit that was put back, say: no range that could be drawn
+            error.set_xlim(min(positive) / 1.1, max(positive) * 1.1)
     error.hlines(rows, before, after, color="#c9cdd4", linewidth=2.5, zorder=1)
     error.scatter(before, rows, color=ORANGE, s=26, zorder=2, label="before")
     accepted = [row for row in rows if kept[row]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,18 @@ def test_points_of_a_loss_lie_within_their_unit_and_the_frame(steps: list[int]) 
     first, second = (line.get_xdata() for line in axes.lines[:2])
     assert all(0.01 * length < x < 0.99 * length for x in first)
     assert all(1.01 * length < x < 1.99 * length for x in second)
+
+
+@pytest.mark.parametrize("after", [0.23688465356826782, 0.2368846535682679, 0.1, 0.0, None])
+def test_one_unit_has_a_place_within_its_axis(after: float | None) -> None:
+    unit = {"name": "conv", "mse_before": 0.23688465356826782, "mse_after": after, "accepted": False, "seconds": 3.0}
+    unit |= {"sqnr_db": 13.0, "mi_lower_bound_nats": 3.7, "flipped_fraction": 0.0}
+    figure = unit_figures.units(run({"units": [unit]}))
+    assert figure is not None
+    figure.savefig(BytesIO())  # warns where a range is empty
+    low, high = figure.axes[0].get_xlim()
+    assert low < unit["mse_before"] < high
+    assert high > 1.01 * low
 
 
 def confused(classes: int, pairs: list[list[int]], names: list[str] | None = None) -> dict[str, Any]:
