@@ -39,6 +39,7 @@ class Front:
         sensitivities, divergences: of every tensor at every number of bits.
         best: average bits -> the best mixture.
         budget: what an average is one of. learned: weights will be rounded by learning.
+        readers: name of an activation's quantizer -> the layers that read it, by which `overrides` give its bits.
     """
 
     sensitivities: list[Sensitivity]
@@ -46,6 +47,7 @@ class Front:
     best: dict[float, Allocation]
     budget: Budget
     learned: bool
+    readers: dict[str, list[str]]
 
 
 def pareto_front(
@@ -75,7 +77,10 @@ def pareto_front(
     lost = divergences(teacher, student, images, quant, device, alone, learned, say=say)
     counts = counts_of(student, tuple(images.shape[1:]))
     best = {bits: allocate(chains.layers, lost, counts, bits, quant.budget) for bits in AVERAGES}
-    return Front(found, lost, best, quant.budget, learned)
+    readers: dict[str, list[str]] = {}
+    for layer in chains.layers:
+        readers.setdefault(layer.reads, []).append(layer.name)
+    return Front(found, lost, best, quant.budget, learned, readers)
 
 
 def front_text(front: Front) -> str:
@@ -86,13 +91,14 @@ def front_text(front: Front) -> str:
         "Divergence of the output from the teacher's if one tensor alone is quantized",
         *share,
         "At 2 bits rounded to nearest: its unit's error, carried to the output, and the drop of information in nats.",
+        "'into' a layer is the activation that it reads, its act_bits; +1: one more layer reads it.",
         "",
         f"{'tensor':<36} {columns}  {'error':>10} {'MI drop':>8}",
     ]
     for s in front.sensitivities:
         if s.bits == BITS[0]:
             lost = "".join(f"{front.divergences[s.kind, s.name, bits]:>12.4g}" for bits in BITS)
-            lines.append(f"{s.name:<36} {lost}  {s.error:>10.4g} {s.mi_drop:>8.3f}")
+            lines.append(f"{_label(front, s):<36} {lost}  {s.error:>10.4g} {s.mi_drop:>8.3f}")
     lines += ["", f"{'unit, all its tensors':<36} {columns}"]
     for unit in dict.fromkeys(s.unit for s in front.sensitivities):
         own = [(s.kind, s.name) for s in front.sensitivities if (s.unit, s.bits) == (unit, BITS[0])]
@@ -103,9 +109,22 @@ def front_text(front: Front) -> str:
     return "\n".join(lines)
 
 
+def _label(front: Front, tensor: Sensitivity) -> str:
+    """What a user calls the tensor: a layer for its weight, the first layer that reads it for an activation."""
+    layers = front.readers.get(tensor.name, []) if tensor.kind == "activation" else []
+    if not layers:
+        return tensor.name
+    return f"into {layers[0]}" + (f" +{len(layers) - 1}" if len(layers) > 1 else "")
+
+
 def front_data(front: Front) -> dict[str, Any]:
     """The same in plain values, with the bits of every allocation."""
-    rows = [asdict(s) | {"divergence": front.divergences[s.kind, s.name, s.bits]} for s in front.sensitivities]
+    rows = [
+        asdict(s)
+        | {"divergence": front.divergences[s.kind, s.name, s.bits]}
+        | ({"read_by": front.readers.get(s.name, [])} if s.kind == "activation" else {})
+        for s in front.sensitivities
+    ]
     best = [{"average_bits": bits, **asdict(best)} for bits, best in front.best.items()]
     return {"sensitivities": _plain(rows), "front": _plain(best)}
 

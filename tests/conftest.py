@@ -18,8 +18,15 @@ torch.set_num_threads(1)  # the tests' tensors are small: more threads only wait
 WriteImage = Callable[..., Path]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that fork come first: after torch.export or fake tensors and a backward pass, autograd refuses a fork."""
+    """Tests that fork come first: after torch.export or fake tensors and a backward pass, autograd refuses a fork.
+
+    Of several workers one runs all of them.
+    """
+    for item in items:
+        if item.get_closest_marker("forks"):
+            item.add_marker(pytest.mark.xdist_group("forks"))
     items.sort(key=lambda item: item.get_closest_marker("forks") is None)
 
 

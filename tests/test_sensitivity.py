@@ -278,7 +278,7 @@ def test_bits_at_which_predictions_overflow_are_not_chosen(worst: float) -> None
     # Where nothing else is cheap enough they are, and what is written down has no number for it.
     only = allocate(LAYERS[:2], cheap, COUNTS, 2.0, "bops")
     assert only.weights["a"] == 2
-    data = front_data(Front([Sensitivity("a", "weight", "u", 2, 1.0, 0.0)], cheap, {2.0: only}, "bops", False))
+    data = front_data(Front([Sensitivity("a", "weight", "u", 2, 1.0, 0.0)], cheap, {2.0: only}, "bops", False, {}))
     assert (data["front"][0]["divergence"], data["sensitivities"][0]["divergence"]) == (None, None)
 
 
@@ -343,6 +343,12 @@ def test_the_front_falls_and_is_written_down(tmp_path: Path) -> None:
     assert "unit, all its tensors" in text
     plot_front(front, tmp_path / "front.png")
     assert (tmp_path / "front.png").stat().st_size > 5000
+    read_by = {row["name"]: row["read_by"] for row in front_data(front)["sensitivities"] if row["kind"] == "activation"}
+    for quantizer, layers in read_by.items():
+        assert f"into {layers[0]} +{len(layers) - 1}".removesuffix(" +0") in text
+        for layer in layers:  # is the name that overrides take
+            student = chains(QuantConfig(overrides={layer: {"act_bits": 5}}, edges="same")).student
+            assert student.find(quantizer).bits == 5  # type: ignore[union-attr]
 
 
 def test_where_overrides_leave_nothing_to_choose_nothing_is_measured() -> None:
