@@ -57,16 +57,27 @@ def table(head: list[str], lines: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in (head, rule, *lines)] if lines else []
 
 
-def grid_table(runs: Runs, name: str, labels: list[str]) -> list[str]:
-    """One line for each point of a grid that was run, nothing if that is one alone."""
+def grid_table(runs: Runs, name: str, labels: list[str], gains: bool = False) -> list[str]:
+    """One line for each point of a grid that was run, nothing if that is one alone.
+
+    `gains`: what it has before the grid's first point, over the seeds of both.
+    """
     lines = []
+    first: dict[str, Row] = {}
     for point in points(GRIDS[name]):
-        rows = list(seeds_of(runs, point).values())
+        found = seeds_of(runs, point)
+        rows = list(found.values())
         if rows:
+            first = first or found
             shown = [str(rows[0][label]) for label in labels]
             rates = [spread(column(rows, rate)) for rate in ("nearest_top1", "student_top1", "agreement")]
-            lines.append([*shown, *rates, str(len(rows))])
-    head = [*labels, "nearest top-1", "calibrated top-1", "agreement", "n"]
+            pairs = [(first[seed], row) for seed, row in found.items() if seed in first and found is not first]
+            more = [
+                gain([(float(a[rate]), float(b[rate])) for a, b in pairs]) if pairs else ""
+                for rate in ("student_top1", "agreement")
+            ]
+            lines.append([*shown, *rates, *(more if gains else []), str(len(rows))])
+    head = [*labels, "nearest top-1", "calibrated top-1", "agreement", *(["gain", "gain in agreement"] * gains), "n"]
     return table(head, lines) if len(lines) > 1 else []
 
 
@@ -227,7 +238,14 @@ def document(runs: Runs, timed: Runs, folder: Path) -> str:
             grid_table(runs, "best", ["bits", "contrastive"]),
         ),
         ("Nothing learned", grid_table(runs, "unlearned", ["model", "bits", "options"])),
-        ("Mixed precision with bit operations or memory of W3A3", grid_table(runs, "mixed", ["bits", "options"])),
+        (
+            "Mixed precision with what W3A3 takes, first and last layer at 8 bits",
+            grid_table(runs, "mixed", ["bits", "options"], gains=True),
+        ),
+        (
+            "Mixed precision with the bit operations of W3A3, all layers",
+            grid_table(runs, "mixed_ends", ["bits", "options"], gains=True),
+        ),
         ("Steps per unit", grid_table(runs, "steps", ["bits", "steps", "network_steps", "contrastive"])),
         ("The contrastive term", gain_table(runs)),
         ("The contrastive term, all bases together", pooled_table(runs)),

@@ -22,11 +22,11 @@ WriteImage = Callable[..., Path]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that fork come first: after torch.export or fake tensors and a backward pass, autograd refuses a fork.
 
-    Of several workers one runs all of them.
+    Of several workers one runs all of these, and one all others of a file, which may share fixtures.
     """
     for item in items:
-        if item.get_closest_marker("forks"):
-            item.add_marker(pytest.mark.xdist_group("forks"))
+        forks = item.get_closest_marker("forks") is not None
+        item.add_marker(pytest.mark.xdist_group("forks" if forks else item.nodeid.split("::")[0]))
     items.sort(key=lambda item: item.get_closest_marker("forks") is None)
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,14 @@ class At(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         if trainer.global_step == self.step and trainer.global_rank == self.rank:
             self.call()
+
+
+@pytest.fixture
+def hears_ctrl_c() -> Iterator[None]:
+    """Python's own handler, also where a shell has started the tests in its background and so deaf to Ctrl+C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def terminate() -> None:
@@ -141,6 +149,7 @@ def test_what_the_command_line_says_where_something_else_finds_the_disk_full() -
     assert explained(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
+@pytest.mark.usefixtures("hears_ctrl_c")
 @pytest.mark.parametrize("step", [9, 12])  # in a unit, at the end of one
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_behind_a_checkpoint_of_the_step_with_the_shells_exit_code(
@@ -156,6 +165,7 @@ def test_a_signal_ends_behind_a_checkpoint_of_the_step_with_the_shells_exit_code
     assert_goes_on(tmp_path)
 
 
+@pytest.mark.usefixtures("hears_ctrl_c")
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     reached = []
 
@@ -173,6 +183,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert saved(tmp_path / "run")["global_step"] == 6, "of the unit before"
 
 
+@pytest.mark.usefixtures("hears_ctrl_c")
 @pytest.mark.parametrize("where", ["on_train_start", "on_validation_batch_start"])
 def test_ctrl_c_ends_at_once_where_there_is_nothing_to_save(tmp_path: Path, where: str) -> None:
     reached = []

@@ -58,6 +58,7 @@ def test_the_example_with_int8_kernels_runs(tmp_path: Path, monkeypatch: pytest.
 def test_the_two_commands_are_those_of_ci() -> None:
     ci = (README.parent / ".ci" / "run").read_text()
     text = README.read_text()
-    for command in ('pip install -e ".[demo,dev]"', "pytest"):
+    for command in ('pip install -e ".[demo,dev]"', "pytest -n 2"):
         assert f"    {command}\n" in text
     assert '-e ".[demo,dev,docs]"' in ci
+    assert 'phase "tests" pytest -n 2 ' in ci
