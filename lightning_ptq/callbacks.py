@@ -109,7 +109,7 @@ def model_callbacks(trainer: L.Trainer, module: PTQModule) -> list[Callback]:
     A bar or checkpoint callback takes the place of Lightning's default one because it is its subclass.
     """
     end_with_launcher(trainer)
-    callbacks: list[Callback] = [RunSummary(), Interruptions()]
+    callbacks: list[Callback] = [Interruptions(), RunSummary()]
     bar = trainer.progress_bar_callback
     if type(bar) is RichProgressBar:
         callbacks.append(UnitRichBar())

@@ -21,17 +21,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise PTQError(f"ckpt_path={str(path)!r} can't be read: {error}. Give a fit's checkpoints/last.ckpt.") from None
-    return checked_checkpoint(checkpoint)
+    return checked_checkpoint(checkpoint, f"ckpt_path={str(path)!r}")
 
 
-def checked_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def checked_checkpoint(checkpoint: dict[str, Any], name: str = "the checkpoint") -> dict[str, Any]:
     """The same, unless no module of this library wrote it.
 
     Raises:
         PTQError: another program's checkpoint.
     """
     if not isinstance(checkpoint, dict) or "lightning_ptq" not in checkpoint:
-        raise PTQError("the checkpoint was not written by lightning_ptq. Give a fit's checkpoints/last.ckpt.")
+        raise PTQError(f"{name} was not written by lightning_ptq. Give a fit's checkpoints/last.ckpt.")
     return checkpoint
 
 

@@ -14,8 +14,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback, instantiate_class
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torchvision.models import list_models
 
-from lightning_ptq.building import build_network, is_torchvision
+from lightning_ptq.building import build_network
 from lightning_ptq.callbacks import PredictionFile
 from lightning_ptq.checkpoint import read_checkpoint
 from lightning_ptq.checks import check_run_folder, run_folder
@@ -117,7 +118,7 @@ class PTQCLI(LightningCLI):
         if plans and model.weights is not None and not Path(model.weights).is_file():
             self._untrained = f"weights={model.weights!r} is no file, and plan downloads none"
             model.weights = None
-        elif model.weights is None and is_torchvision(model.model):
+        elif model.weights is None and model.model in list_models():
             self._untrained = f"no weights are given for {model.model!r}"
             if not plans:
                 rank_zero_warn(f"{self._untrained}, so it has random ones. Give a file, or DEFAULT (model.weights).")
@@ -143,6 +144,9 @@ class PTQCLI(LightningCLI):
         assert isinstance(self.trainer, Trainer)
         told = self.config.compare.model
         if told.model is not None:
+            seed = self.config.compare.seed_everything
+            if seed is not None and seed is not False:  # a network without weights is then the one that a fit had
+                L.seed_everything(None if seed is True else seed, workers=True, verbose=False)
             model = told.model if isinstance(told.model, str) else instantiate_class((), told.model.as_dict())
             self.trainer.network = build_network(model, told.weights)
 

@@ -99,8 +99,9 @@ class Evaluation(L.LightningModule):
         names = class_names(self.trainer.val_dataloaders or ())
         if names and len(names) < outputs and not self._told_classes:
             self._told_classes = True
+            classes_there = f"{len(names)} class{'es' * (len(names) > 1)}"
             warnings.warn(
-                f"validation images are of {len(names)} classes, and the network has {outputs} outputs: labels are "
+                f"validation images are of {classes_there}, and the network has {outputs} outputs: labels are "
                 f"taken for the first {len(names)} of these. Where they are others, top-1 means nothing, and agreement "
                 "with the teacher still does. Give one class folder for each output.",
                 stacklevel=2,

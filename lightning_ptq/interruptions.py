@@ -140,7 +140,13 @@ class Interruptions(Callback):
         SIGTERMException.code = _SHELLS + number
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Say that another process is the cause, where it is."""
+        """Say that another process is the cause, where it is. What is left is not interrupted any more.
+
+        Lightning sees to that at a KeyboardInterrupt. Comes before what a summary does.
+        """
+        handlers, main = trainer._signal_connector._original_handlers, threading.main_thread()
+        if isinstance(exception, SIGTERMException) and handlers and threading.current_thread() is main:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the teardown puts back what was there
         if trainer.world_size > 1 and lost_process(exception):
             exception.args = (f"{_LOST} (process {trainer.global_rank}: {exception})",)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shlex
 import sys
@@ -22,6 +23,7 @@ from lightning_ptq.datasets import class_names
 from lightning_ptq.files import write_whole
 from lightning_ptq.fingerprint import environment
 from lightning_ptq.front import finite
+from lightning_ptq.interruptions import LAUNCHER
 from lightning_ptq.metrics import MEASURES
 from lightning_ptq.network import NETWORK
 from lightning_ptq.record import confusion, plain, record
@@ -236,7 +238,8 @@ def to_go_on(trainer: L.Trainer, done: int, told: bool) -> str:
     if path is None:
         return f"{stands}, and there is no last.ckpt yet: begin again."
     limit = "" if told else ", and lift what stopped it (max_steps, max_epochs, max_time)"
-    return f"{stands}. Go on with --ckpt_path {shlex.quote(str(path))} (or last){limit}."
+    terminal = f"--ckpt_path {shlex.quote(str(path))} (or last)"
+    return f"{stands}. Go on with {terminal if LAUNCHER in os.environ else f'ckpt_path={str(path)!r}'}{limit}."
 
 
 def table(summary: dict[str, Any]) -> str:

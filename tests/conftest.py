@@ -18,15 +18,12 @@ torch.set_num_threads(1)  # the tests' tensors are small: more threads only wait
 WriteImage = Callable[..., Path]
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that fork come first: after torch.export or fake tensors and a backward pass, autograd refuses a fork.
 
-    Of several workers one runs all of these, and one all others of a file, which may share fixtures.
+    Of several workers the first one begins with them, since each is given a part of the list and takes from the end of
+    another's (`--dist=worksteal`).
     """
-    for item in items:
-        forks = item.get_closest_marker("forks") is not None
-        item.add_marker(pytest.mark.xdist_group("forks" if forks else item.nodeid.split("::")[0]))
     items.sort(key=lambda item: item.get_closest_marker("forks") is None)
 
 

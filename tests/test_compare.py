@@ -14,6 +14,7 @@ import lightning_ptq as ptq
 from lightning_ptq import PTQError, QuantConfig
 from lightning_ptq.cli import main
 from lightning_ptq.compare import Artifact, alternately, compare, open_artifact
+from tests import helpers
 from tests.helpers import tiny_data, tiny_images, tiny_module, tiny_net, trainer
 
 QUICKSTART = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
@@ -174,6 +175,26 @@ def test_compare_from_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "SQNR inf dB" in capsys.readouterr().out
     with pytest.raises(PTQError, match="needs the model's code"):
         main(["compare", exported, packed, "--data=lightning_ptq.DigitsData"])
+
+
+def test_a_network_without_weights_is_the_same_in_every_command(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[torch.Tensor] = []
+
+    def build() -> torch.nn.Module:
+        net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 6 * 6, 2))
+        made.append(net[2].weight.detach().clone())
+        return net
+
+    monkeypatch.setattr(helpers, "build", build, raising=False)
+    network = ["--model.model=tests.helpers.build", f"--trainer.default_root_dir={tmp_path}"]
+    data = ["--data=lightning_ptq.ImageFolderData", f"--data.root={image_folder}", "--data.resize=8", "--data.crop=8"]
+    main(["plan", *network, *data])
+    planned = made[-1]
+    main(["compare", "float", "float", *network, *data])
+    assert torch.equal(made[-1], planned)
+    assert "SQNR inf dB" in capsys.readouterr().out
 
 
 def line_of(text: str, start: str) -> str:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lightning_ptq import PTQError, interruptions
+from lightning_ptq import PTQError, PTQModule, interruptions
 from lightning_ptq.checks import check_run_folder
 from lightning_ptq.failures import explained
 from lightning_ptq.files import write_whole
@@ -184,6 +184,25 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, capfd: pytest.CaptureFixtu
 
 
 @pytest.mark.usefixtures("hears_ctrl_c")
+def test_a_second_ctrl_c_does_not_tear_the_end_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave = PTQModule.leave_units
+
+    def interrupted(module: PTQModule) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        leave(module)
+
+    monkeypatch.setattr(PTQModule, "leave_units", interrupted)
+    first = At(9, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit) as exit_:
+        trainer(tmp_path, callbacks=[first]).fit(tiny_module(), datamodule=tiny_data())
+    assert exit_.value.code == 130
+    assert "not finished: 1 unit is done. Go on with" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
 @pytest.mark.parametrize("where", ["on_train_start", "on_validation_batch_start"])
 def test_ctrl_c_ends_at_once_where_there_is_nothing_to_save(tmp_path: Path, where: str) -> None:
     reached = []
@@ -226,7 +245,7 @@ def test_what_ended_a_run_decides_what_is_said_of_going_on(
         raise KeyboardInterrupt
 
     def go_on(name: str) -> str:
-        return f"Go on with --ckpt_path {tmp_path / name / 'checkpoints' / 'last.ckpt'} (or last)"
+        return f"Go on with ckpt_path={str(tmp_path / name / 'checkpoints' / 'last.ckpt')!r}"
 
     early = said("early", callbacks=[At(3, interrupt)])
     assert early == ["not finished: 0 units are done, and there is no last.ckpt yet: begin again."]

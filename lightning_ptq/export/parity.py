@@ -67,7 +67,8 @@ class ParityReport:
             line += f"; the simulation computed in double precision: {self.own_sqnr_db:.1f} dB"
         if self.passed:
             return f"{line}: as simulated{'' if self.own_sqnr_db is None else ', but for ties'}"
-        return f"{line}: NOT as simulated. The first unit that differs is {self.unit!r}."
+        asked = f"{LEAST[1]:g} dB" + ("" if self.agreement is None else f" and {LEAST[0]:g} % of classes")
+        return f"{line}: NOT as simulated, for which {asked} are asked. The first unit that differs is {self.unit!r}."
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only."""

@@ -24,7 +24,10 @@ from lightning_ptq.graph.export import exported
 from lightning_ptq.graph.trace import TraceError, node_kinds, trace
 from lightning_ptq.layers import is_quantizable
 
-_TERMINAL = "on the terminal it is that of the data (data.resize, data.crop)"
+_TERMINAL = (
+    "on the terminal it is that of the data (data.resize, data.crop; ImageFolderData reads 3 channels, a datamodule of "
+    "your own may give others)"
+)
 # Modules kept whole one after another before we give up.
 _MOST_ISLANDS = 50
 
@@ -75,24 +78,25 @@ def capture(
         run_on_zeros(model, shape)
         return Captured(exported(model, shape, is_part), shape)
     except Exception as error:
-        refusal = f"{type(error).__name__}: {textwrap.shorten(str(error), 300, placeholder=' ...')}"
-        if isinstance(error, WrongShape) and (image_shape is not None or traced is None):
-            given = "was given" if image_shape is not None else "is a guess"
-            raise PTQError(
-                f"{type(model).__name__} fails on images of shape {shape}, which {given}: {error}. "
-                f"torch.fx can't capture all of it, and torch.export has to know: give image_shape=(C, H, W); "
-                f"{_TERMINAL}."
-            ) from error
-        if traced is not None:
-            warnings.warn(
-                f"{type(model).__name__}: some layers stay in floating point or in large units, since torch.export "
-                f"with images of shape {shape} says: {refusal}. If your images have another shape, give "
-                f"image_shape=(C, H, W); {_TERMINAL}. `plan` lists what stays.",
-                stacklevel=2,
-            )
-            return Captured(traced)
-        assert failure is not None
-        return with_islands(model, leaf_modules, failure, shape, refusal, is_part)
+        refused = error  # dealt with behind the block: what is raised in it would show all that torch has to say
+    refusal = f"{type(refused).__name__}: {textwrap.shorten(str(refused), 300, placeholder=' ...')}"
+    if isinstance(refused, WrongShape) and (image_shape is not None or traced is None):
+        given = "was given" if image_shape is not None else "is a guess"
+        raise PTQError(
+            f"{type(model).__name__} fails on images of shape {shape}, which {given}: {refused}. "
+            f"torch.fx can't capture all of it, and torch.export has to know: give image_shape=(C, H, W); "
+            f"{_TERMINAL}."
+        )
+    if traced is not None:
+        warnings.warn(
+            f"{type(model).__name__}: some layers stay in floating point or in large units, since torch.export "
+            f"with images of shape {shape} says: {refusal}. If your images have another shape, give "
+            f"image_shape=(C, H, W); {_TERMINAL}. `plan` lists what stays.",
+            stacklevel=2,
+        )
+        return Captured(traced)
+    assert failure is not None
+    return with_islands(model, leaf_modules, failure, shape, refusal, is_part)
 
 
 class WrongShape(Exception):
