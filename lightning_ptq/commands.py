@@ -41,7 +41,9 @@ def report_parser() -> CommandParser:
     parser.add_argument(
         "--layers", nargs="+", default=[], metavar="PATTERN", help="layers whose histograms are drawn too"
     )
-    parser.add_argument("--overwrite", type=bool, default=False, help="replace an output that is there")
+    parser.add_argument(
+        "--overwrite", type=bool, default=False, help="replace what --output names; report.html is in any case"
+    )
     return parser
 
 
