@@ -147,6 +147,8 @@ def plot_front(front: Front, path: Path) -> None:
     axes.plot([b.cost for b in best], [b.divergence for b in best], marker="o")
     for bits, b in front.best.items():
         axes.annotate(f"{bits:g}", (b.cost, b.divergence), textcoords="offset points", xytext=(5, 5), fontsize=8)
-    axes.set(xlabel=f"{_COSTS[front.budget][1]} (numbers: average_bits)", ylabel="sum of divergences", yscale="log")
+    axes.set(xlabel=f"{_COSTS[front.budget][1]} (numbers: average_bits)", ylabel="sum of divergences")
+    if any(b.divergence > 0 for b in best):  # an untrained network may lose nothing
+        axes.set_yscale("log")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -68,7 +68,9 @@ def plan_text(
         lines += ["kept whole, since neither torch.fx nor torch.export can follow them:"]
         lines += [f"  {name}" for name in chains.islands]
     lines += ["", "stays in floating point:"]
-    lines += [f"  {op.name}: {op.reason}" for op in chains.floats] or ["  nothing with parameters"]
+    lines += [f"  {op.name}: {op.reason}" for op in chains.floats] or [
+        f"  nothing with parameters{' in that part' if chains.student.is_part else ''}"
+    ]
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ptq import PTQError, PTQModule, QuantConfig
-from lightning_ptq.allocation import allocate, apply, choices
+from lightning_ptq.allocation import Allocation, allocate, apply, choices
 from lightning_ptq.calibration import estimate_ranges
 from lightning_ptq.divergence import LEARNED, Divergences, displaced, divergences
 from lightning_ptq.front import Front, front_data, front_text, pareto_front, plot_front
@@ -341,6 +342,7 @@ def test_the_front_falls_and_is_written_down(tmp_path: Path) -> None:
     text = front_text(front)
     assert "blocks.0.conv1" in text
     assert "unit, all its tensors" in text
+    plot_front(replace(front, best={3.0: Allocation({}, {}, -1e-9, 9.0)}), tmp_path / "nothing.png")  # warns of no log
     plot_front(front, tmp_path / "front.png")
     assert (tmp_path / "front.png").stat().st_size > 5000
     read_by = {row["name"]: row["read_by"] for row in front_data(front)["sensitivities"] if row["kind"] == "activation"}

@@ -42,7 +42,7 @@ def result(run: Run) -> Figure | None:
         name_rows(axes, ["teacher, float", "nearest", "calibrated"])
         axes.set_title(title)
         top = 100.0 if "%" in title else max(0.0, *(value for value in numbers if not math.isnan(value)))
-        axes.set_xlim(min(0.0, np.nanmin(numbers)), top * 1.14)
+        axes.set_xlim(min(0.0, np.nanmin(numbers)), max(top * 1.14, 1e-9))
         for row, value in enumerate(numbers):
             if not math.isnan(value):
                 axes.text(max(value, 0) + 0.012 * top, row, f"{value:.2f}", va="center", fontweight="bold")

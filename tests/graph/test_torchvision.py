@@ -1,4 +1,7 @@
-"""Every torchvision classification CNN: same numbers, every layer quantized, cut at its blocks."""
+"""Every kind of torchvision classification CNN: same numbers, every layer quantized, cut at its blocks.
+
+`python -m benchmarks.census` has all of them.
+"""
 
 import pytest
 import torch
@@ -9,10 +12,12 @@ from lightning_ptq.config import QuantConfig
 from lightning_ptq.graph import build_chain
 
 TRANSFORMERS = ("vit", "swin", "maxvit")
-# More of the same blocks, too large or slow to run here.
-LARGE = {"regnet_y_128gf", "regnet_y_32gf", "regnet_y_16gf", "regnet_x_32gf", "convnext_base", "convnext_large"}
+# More of the same blocks.
+LARGE = {"regnet_y_128gf", "regnet_y_32gf", "regnet_x_32gf", "convnext_base", "convnext_large"}
 LARGE |= {"vgg11", "vgg13", "vgg13_bn", "vgg16_bn", "vgg19", "vgg19_bn", "efficientnet_v2_l", "wide_resnet101_2"}
-LARGE |= {"resnext101_32x8d", "resnext101_64x4d", "efficientnet_b5", "efficientnet_b6", "efficientnet_b4"}
+LARGE |= {"resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "resnet152", "convnext_small", "efficientnet_v2_m"}
+LARGE |= {f"efficientnet_b{i}" for i in range(2, 8)} | {"densenet161", "densenet169", "densenet201"}
+LARGE |= {f"regnet_{kind}_{size}" for kind in "xy" for size in ("16gf", "8gf", "3_2gf")}
 MODELS = [
     name
     for name in torchvision.models.list_models(module=torchvision.models)

@@ -41,6 +41,13 @@ def test_one_unit_has_a_place_within_its_axis(after: float | None) -> None:
     assert high > 1.01 * low
 
 
+def test_a_network_without_signal_has_an_axis_all_the_same() -> None:
+    rates = ("teacher_top1", "nearest_top1", "student_top1", "teacher_agreement", "nearest_agreement")
+    figure = figures.result(run(dict.fromkeys(rates) | {"nearest_sqnr_db": 0.0, "student_sqnr_db": 0.0}))
+    assert figure is not None
+    figure.savefig(BytesIO())
+
+
 def confused(classes: int, pairs: list[list[int]], names: list[str] | None = None) -> dict[str, Any]:
     one = {"classes": classes, "images": 40, "pairs": pairs} | ({"names": names} if names else {})
     return {"nearest": one, "student": one}
