@@ -71,12 +71,13 @@ def grid_table(runs: Runs, name: str, labels: list[str], gains: bool = False) ->
             first = first or found
             shown = [str(rows[0][label]) for label in labels]
             rates = [spread(column(rows, rate)) for rate in ("nearest_top1", "student_top1", "agreement")]
-            pairs = [(first[seed], row) for seed, row in found.items() if seed in first and found is not first]
-            more = [
-                gain([(float(a[rate]), float(b[rate])) for a, b in pairs]) if pairs else ""
-                for rate in ("student_top1", "agreement")
-            ]
-            lines.append([*shown, *rates, *(more if gains else []), str(len(rows))])
+            if gains:
+                pairs = [(first[seed], row) for seed, row in found.items() if seed in first and found is not first]
+                rates += [
+                    gain([(float(a[rate]), float(b[rate])) for a, b in pairs]) if pairs else ""
+                    for rate in ("student_top1", "agreement")
+                ]
+            lines.append([*shown, *rates, str(len(rows))])
     head = [*labels, "nearest top-1", "calibrated top-1", "agreement", *(["gain", "gain in agreement"] * gains), "n"]
     return table(head, lines) if len(lines) > 1 else []
 

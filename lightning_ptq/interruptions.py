@@ -63,7 +63,7 @@ class Interruptions(Callback):
     waits on; and its handler sends a message to the other processes, from whatever step each is at.
     """
 
-    def __init__(self) -> None:
+    def __init__(self) -> None:  # for every fit anew, by `configure_callbacks`
         self._told = 0  # the number of the signal that told this process to stop
         self._unsaved = False  # whether there may be steps that no checkpoint has
 
@@ -71,10 +71,6 @@ class Interruptions(Callback):
         """Take the place of Lightning's own checkpoint writer, but of no other."""
         if stage == "fit" and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpoints()
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Nobody has told this fit to stop yet."""
-        self._told, self._unsaved = 0, False
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """As at the start of training, which comes later."""
