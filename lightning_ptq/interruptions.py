@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ class Interruptions(Callback):
             return
         handlers = trainer._signal_connector._original_handlers
         terminate, interrupt = handlers.get(signal.SIGTERM), handlers.get(signal.SIGINT)
+        process = os.getpid()
 
         def terminated(number: int, frame: Any) -> None:
             self._told = number
@@ -93,15 +95,22 @@ class Interruptions(Callback):
                 terminate(number, frame)
 
         def interrupted(number: int, frame: Any) -> None:
+            if os.getpid() != process:
+                return  # a worker of a loader, which has the handler too: the loader ends it
             if self._told or not self._unsaved:
                 signal.default_int_handler(number, frame)
             self._told = number
             if trainer.is_global_zero:
-                os.write(2, _STOPS)  # print is not safe in a handler
+                with suppress(OSError):  # who reads it may have ended by the same Ctrl+C: `2>&1 | tee`
+                    os.write(2, _STOPS)  # print is not safe in a handler
 
         signal.signal(signal.SIGTERM, terminated)
         if interrupt is signal.default_int_handler:  # a shell has its background jobs ignore Ctrl+C, say
             signal.signal(signal.SIGINT, interrupted)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The checkpoint of the unit before is written; entering the next one may take long."""
+        self._unsaved = False
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """From here on Ctrl+C waits for a checkpoint."""
@@ -120,9 +129,13 @@ class Interruptions(Callback):
         """The unit's checkpoint is written."""
         self._unsaved = False
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Nothing is left to stop."""
+        self._unsaved = False
+
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         """One process may stop here too; several have no common place, since they may have uneven numbers of images."""
-        if trainer.world_size == 1:
+        if trainer.world_size == 1 and trainer.state.fn == TrainerFn.FITTING:
             self._stop(trainer)
 
     def _stop(self, trainer: L.Trainer) -> None:
@@ -132,8 +145,9 @@ class Interruptions(Callback):
             told = torch.tensor(float(number), device=trainer.strategy.root_device)
             number = int(trainer.strategy.reduce(told, reduce_op="max"))
         trainer._signal_connector.received_sigterm = number > 0
-        # Raised in three of Lightning's loops, and not seen by `on_exception` in a process that was forked or spawned.
-        SIGTERMException.code = _SHELLS + number
+        if number:
+            # Raised in three of Lightning's loops, and not seen by `on_exception` in a forked or spawned process.
+            SIGTERMException.code = _SHELLS + number
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Say that another process is the cause, where it is. What is left is not interrupted any more.

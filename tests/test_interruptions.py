@@ -18,12 +18,14 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.utils.data import DataLoader
 
-from lightning_ptq import PTQError, PTQModule, interruptions
+from lightning_ptq import CalibrationDataModule, PTQError, PTQModule, interruptions
 from lightning_ptq.checks import check_run_folder
 from lightning_ptq.failures import explained
 from lightning_ptq.files import write_whole
-from tests.helpers import assert_equal_states, quantization_state, tiny_data, tiny_module, trainer
+from tests.helpers import assert_equal_states, quantization_state, tiny_data, tiny_images, tiny_module, trainer
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [
@@ -217,6 +219,92 @@ def test_ctrl_c_ends_at_once_where_there_is_nothing_to_save(tmp_path: Path, wher
         trainer(tmp_path / "run", callbacks=[callback]).fit(tiny_module(), datamodule=tiny_data())
     assert isinstance(exit_.value.__context__, KeyboardInterrupt)
     assert not reached
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
+@pytest.mark.parametrize("where", ["enter_unit", "leave_units"])
+def test_ctrl_c_between_units_and_behind_the_last_ends_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    called = getattr(PTQModule, where)
+    sent, reached = list[str](), list[str]()
+
+    def interrupted(module: PTQModule, *args: Any, **kwargs: Any) -> None:
+        if module.reports and not sent:
+            sent.append("once")
+            os.kill(os.getpid(), signal.SIGINT)
+            reached.append("behind")
+        called(module, *args, **kwargs)
+
+    monkeypatch.setattr(PTQModule, where, interrupted)
+    data = CalibrationDataModule.from_loaders(DataLoader(tiny_images(64), batch_size=32))  # none to validate on
+    with pytest.raises(SystemExit) as exit_:
+        trainer(tmp_path / "run").fit(tiny_module(), datamodule=data)
+    assert isinstance(exit_.value.__context__, KeyboardInterrupt)
+    assert not reached
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
+def test_ctrl_c_leaves_its_checkpoint_where_nobody_reads_any_more(tmp_path: Path) -> None:
+    def interrupt() -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        before = os.dup(2)
+        os.dup2(writer, 2)
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            os.close(writer)
+
+    with pytest.raises(SystemExit) as exit_:
+        trainer(tmp_path, callbacks=[At(9, interrupt)]).fit(tiny_module(), datamodule=tiny_data())
+    assert exit_.value.code == 130
+    assert saved(tmp_path)["global_step"] == 9
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
+def test_a_worker_that_was_forked_is_deaf_to_ctrl_c(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    codes = []
+
+    def fork() -> None:
+        child = os.fork()
+        if child == 0:
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                os._exit(7)
+            finally:
+                os._exit(1)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    trainer(tmp_path, callbacks=[At(9, fork)]).fit(tiny_module(), datamodule=tiny_data())
+    assert codes == [7]
+    assert "Once more" not in capfd.readouterr().err
+
+
+def test_a_fit_that_ends_by_itself_leaves_lightnings_exception_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SIGTERMException, "code", "untouched")
+    trainer(tmp_path).fit(tiny_module(), datamodule=tiny_data())
+    assert SIGTERMException.code == "untouched"
+
+
+def test_sigterm_ends_a_validation_without_a_fit(tmp_path: Path) -> None:
+    seen = []
+
+    class First(Callback):
+        def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
+            seen.append("batch")
+            terminate()
+
+    module = tiny_module()
+    trainer(tmp_path / "fit").fit(module, datamodule=tiny_data())
+    few = DataLoader(tiny_images(9), batch_size=3)
+    with pytest.raises(SIGTERMException):
+        trainer(tmp_path / "validate", callbacks=[First()]).validate(module, dataloaders=few, verbose=False)
+    assert seen == ["batch"]
 
 
 def test_a_handler_of_the_users_own_hears_ctrl_c(tmp_path: Path) -> None:
