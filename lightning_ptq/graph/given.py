@@ -147,6 +147,8 @@ def simplified(model: nn.Module) -> nn.Module:
         for hook in old_hooks(module):
             hook.remove(module)
             module._forward_pre_hooks.pop(next(key for key, h in module._forward_pre_hooks.items() if h is hook))
+            if isinstance(hook, SpectralNorm):
+                module._load_state_dict_pre_hooks.clear()  # it would look for what the weight was computed from
         if parametrize.is_parametrized(module):
             fix_parametrized(module)
     for _, module in unreached_hooks(copied):

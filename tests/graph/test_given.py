@@ -75,6 +75,18 @@ def test_the_network_inside_is_quantized_whole_and_what_was_given_stays_as_it_wa
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize("build", [with_old_norms, with_parametrizations])
+def test_what_was_fixed_comes_back_from_its_state(build):
+    network = plain(build())
+    again = plain(build())
+    with torch.no_grad():
+        for weight in again.parameters():
+            weight.zero_()
+    again.load_state_dict(dict(network.state_dict()))  # as a checkpoint has it, without metadata
+    assert torch.equal(again(tiny_images(4)), network(tiny_images(4)))
+
+
 def test_a_plain_network_is_not_copied():
     net = tiny_net()
     assert plain(net) is net
