@@ -26,11 +26,12 @@ def plain(model: nn.Module) -> nn.Module:
     """The network that `model` holds, in eval mode; `model` itself where there is nothing to take off it.
 
     What torch.compile, DataParallel or DDP wraps is taken out. Where weights are computed anew in each pass (weight and
-    spectral norm, pruning, parametrizations), or hooks would be lost, it is a copy: with the weights as they are, and
-    without the hooks, of which a warning tells.
+    spectral norm, pruning, parametrizations), hooks would be lost, or the instance has a forward of its own, it is a
+    copy: with the weights as they are, with that forward, and without the hooks, of which a warning tells.
 
     Raises:
-        PTQError: TorchScript, no forward, something in training mode, a weight without a shape or of half precision.
+        PTQError: TorchScript, no forward or one that no graph would have, something in training mode, a weight without
+            a shape or of half precision.
     """
     model = unwrapped(model)
     check_code(model)
@@ -46,7 +47,7 @@ def plain(model: nn.Module) -> nn.Module:
         )
     wrapped = any(unwrapped(child) is not child for module in model.modules() for child in module.children())
     computed = any(old_hooks(module) or parametrize.is_parametrized(module) for module in model.modules())
-    return simplified(model) if wrapped or hooked or computed else model
+    return simplified(model) if wrapped or hooked or computed or "forward" in vars(model) else model
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -61,13 +62,22 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def check_code(model: nn.Module) -> None:
-    """Raise `PTQError` for TorchScript, and for a module without a forward."""
+    """Raise `PTQError` for TorchScript, for a module without a forward, and for a forward that no graph would have."""
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             which = f"module {name!r}" if name else "the model"
             raise PTQError(f"{which} is TorchScript, whose code can't be taken apart. Give the Python model it is of.")
+        own = vars(module).get("forward")
+        lost = _is_whole(name, module) and unwrapped(module) is module
+        if own is not None and lost and (name or getattr(own, "__self__", None) is not module):
+            which = f"module {name!r} ({type(module).__name__})" if name else type(model).__name__
+            raise PTQError(
+                f"{which} has a forward that was set on it from outside, without which the quantized network would "
+                "compute. Write it into a class."
+            )
     # A LightningModule has one that only says so.
-    if type(model).forward.__qualname__ in ("_forward_unimplemented", "LightningModule.forward"):
+    code = getattr(getattr(model, "forward", None), "__qualname__", "")
+    if code in ("_forward_unimplemented", "LightningModule.forward"):
         inside = ", ".join(name for name, _ in model.named_children())
         raise PTQError(
             f"{type(model).__name__} has no forward. Give the network in it: it holds {inside or 'nothing'}."
@@ -108,7 +118,9 @@ def in_eval_mode(program: nn.Module) -> nn.Module:
     """
     assert isinstance(program, fx.GraphModule)
     # Their argument that is true in training: (x, weight, bias, mean, variance, training, ...) and (x, p, training).
-    flags = {"batch_norm": 5, "dropout": 2}
+    # With a decomposed program's names for them.
+    flags = {"batch_norm": 5, "dropout": 2, "native_dropout": 2}
+    flags |= dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_functional"), 5)
     for node in program.graph.nodes:
         at = flags.get(getattr(node.target, "__name__", "").split(".")[0])
         if at is not None and node.args[at : at + 1] == (True,):
@@ -122,10 +134,14 @@ def in_eval_mode(program: nn.Module) -> nn.Module:
 def unreached_hooks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules with forward hooks that no graph would have: of the model itself, and of torch's own layers."""
     for name, module in model.named_modules():
-        whole = not name or (type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential))
         before = [h for h in module._forward_pre_hooks.values() if not isinstance(h, _Computes)]
-        if whole and (before or module._forward_hooks):
+        if _is_whole(name, module) and (before or module._forward_hooks):
             yield name, module
+
+
+def _is_whole(name: str, module: nn.Module) -> bool:
+    """Whether a graph knows the code of `module` by its class alone: the model itself, and torch's own layers."""
+    return not name or (type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential))
 
 
 def old_hooks(module: nn.Module) -> list[_Computes]:
@@ -135,14 +151,15 @@ def old_hooks(module: nn.Module) -> list[_Computes]:
 
 @torch.no_grad()
 def simplified(model: nn.Module) -> nn.Module:
-    """A copy of `model` with fixed weights, no wrappers inside, and without the hooks that a graph would not have."""
+    """A copy of `model` as it is described in `plain`."""
     for module in model.modules():
         for hook in old_hooks(module):
             hook(module, None)  # the same weight, without the history that can't be copied
     copied = deepcopy(model)
     for parent in list(copied.modules()):
-        for name, child in parent.named_children():
-            setattr(parent, name, unwrapped(child))
+        for name, child in list(parent._modules.items()):  # named_children would leave out a second name
+            if child is not None:
+                setattr(parent, name, unwrapped(child))
     for module in copied.modules():
         for hook in old_hooks(module):
             hook.remove(module)
@@ -154,6 +171,8 @@ def simplified(model: nn.Module) -> nn.Module:
     for _, module in unreached_hooks(copied):
         module._forward_pre_hooks.clear()
         module._forward_hooks.clear()
+    if own := vars(copied).pop("forward", None):  # a method of the copy, as `check_code` has seen to
+        copied.__class__ = type(type(copied).__name__, (type(copied),), {"forward": own.__func__})
     return copied
 
 
@@ -163,7 +182,7 @@ def fix_parametrized(module: nn.Module) -> None:
     torch's own way back changes the class that the module was made one of, which its copies share.
     """
     assert isinstance(module.parametrizations, nn.ModuleDict)
-    values = {name: nn.Parameter(getattr(module, name).clone()) for name in module.parametrizations}
+    values = {name: nn.Parameter(getattr(module, name).contiguous()) for name in module.parametrizations}
     module.__class__ = parametrize.type_before_parametrizations(module)
     del module.parametrizations
     for name, value in values.items():

@@ -1,11 +1,13 @@
 """What a user gives around a network: wrappers, weights that are computed, hooks; and what can't be taken apart."""
 
+from types import MethodType
+
 import lightning as L
 import pytest
 import torch
 from torch import nn
 from torch.export import Dim
-from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 from lightning_ptq import PTQModule
 from lightning_ptq.config import QuantConfig
@@ -118,6 +120,67 @@ def test_hooks_of_what_is_traced_through_take_part():
     torch.testing.assert_close(build_chain(net, QuantConfig(), "block").teacher(x), net(x))
 
 
+def halved(net, x):
+    """A forward for a TinyNet."""
+    return TinyNet.forward(net, x) / 2
+
+
+def test_a_method_that_was_put_in_the_place_of_forward_is_what_is_quantized():
+    net = tiny_net()
+    net.forward = MethodType(halved, net)
+    x = tiny_images()
+    pair = build_chain(net, QuantConfig(), "block")
+    torch.testing.assert_close(pair.teacher(x), tiny_net()(x) / 2)
+    assert [layer.name for layer in pair.layers] == LAYERS
+    assert type(net) is TinyNet
+    assert "forward" in vars(net)
+
+
+def test_a_forward_of_a_block_takes_part():
+    net = tiny_net()
+    net.blocks[0].forward = MethodType(lambda block, x: 2 * Block.forward(block, x), net.blocks[0])
+    x = tiny_images()
+    torch.testing.assert_close(build_chain(net, QuantConfig(), "block").teacher(x), net(x))
+
+
+def test_a_forward_that_would_be_lost_is_refused():
+    def change(module):
+        before = module.forward
+        module.forward = lambda x: 2 * before(x)
+
+    net = tiny_net()
+    change(net)
+    with pytest.raises(PTQError, match=r"TinyNet has a forward that was set on it from outside.*Write it into a class"):
+        plain(net)
+    net = tiny_net()
+    change(net.fc)
+    with pytest.raises(PTQError, match=r"module 'fc' \(Linear\) has a forward"):
+        plain(net)
+
+
+def test_a_wrapper_with_two_names_is_taken_off_both():
+    model = Wrapping(nn.DataParallel(tiny_net())).eval()
+    model.again = model.inside
+    network = plain(model)
+    assert isinstance(network.again, TinyNet)
+    assert network.again is network.inside
+
+
+def test_fixed_weights_lie_as_others_do():
+    net = tiny_net()
+    parametrizations.weight_norm(net.fc)
+    parametrize.register_parametrization(net.stem, "weight", Turned())
+    network = plain(net.eval())
+    assert all(parameter.is_contiguous() for parameter in network.parameters())
+
+
+class Turned(nn.Module):
+    """Gives a weight in another layout."""
+
+    def forward(self, weight):
+        return weight.to(memory_format=torch.channels_last)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 def test_torchscript_is_refused_also_inside():
     scripted = torch.jit.trace(tiny_net(), tiny_images(2))
@@ -141,6 +204,9 @@ def test_a_program_exported_in_training_mode_is_refused():
     net = TinyNet().train()
     with pytest.raises(PTQError, match=r"computes 'batch_norm' as in training.*model\.eval"):
         plain(exported(net))
+    program = torch.export.export(net, (tiny_images(4),)).run_decompositions()
+    with pytest.raises(PTQError, match=r"batch_norm_legit_functional' as in training"):
+        plain(program.module())
 
 
 def test_a_wrappers_own_flag_says_nothing_but_that_of_the_network_in_it():
