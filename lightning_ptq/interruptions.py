@@ -116,9 +116,13 @@ class Interruptions(Callback):
         """From here on Ctrl+C waits for a checkpoint."""
         self._unsaved = True
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Have Lightning's loop end here, behind the checkpoint that is written after this callback."""
-        if trainer.world_size == 1 or trainer.global_step % _ASK_EVERY == 0:
+        # Gradients that wait for the next batch's are in no checkpoint.
+        accumulates = (batch_idx + 1) % trainer.accumulate_grad_batches != 0 and not _is_last(trainer)
+        if not accumulates and (trainer.world_size == 1 or trainer.global_step % _ASK_EVERY == 0):
             self._stop(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -126,16 +130,17 @@ class Interruptions(Callback):
         self._stop(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The unit's checkpoint is written."""
-        self._unsaved = False
+        """The unit's checkpoint is written, unless this is within a unit (`val_check_interval`)."""
+        self._unsaved = self._unsaved and not _is_last(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Nothing is left to stop."""
         self._unsaved = False
 
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        """One process may stop here too; several have no common place, since they may have uneven numbers of images."""
-        if trainer.world_size == 1 and trainer.state.fn == TrainerFn.FITTING:
+        """One process may stop here too, where that loses nothing; several have no common place, since they may have
+        uneven numbers of images."""
+        if trainer.world_size == 1 and trainer.state.fn == TrainerFn.FITTING and not self._unsaved:
             self._stop(trainer)
 
     def _stop(self, trainer: L.Trainer) -> None:
@@ -159,6 +164,11 @@ class Interruptions(Callback):
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the teardown puts back what was there
         if trainer.world_size > 1 and lost_process(exception):
             exception.args = (f"{_LOST} (process {trainer.global_rank}: {exception})",)
+
+
+def _is_last(trainer: L.Trainer) -> bool:
+    """Whether the batch in progress is the last of its unit."""
+    return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
 
 def lost_process(error: BaseException) -> bool:

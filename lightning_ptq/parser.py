@@ -88,9 +88,9 @@ EXIT_CODES = """\
     1      done, but a file is not as good as it has to be (export, compare)
     2      wrong input, or a full disk
     3      an error that nobody foresaw
-    130    Ctrl+C: a fit then leaves a checkpoint
+    130    Ctrl+C: a fit leaves a checkpoint, unless your Trainer brings its own checkpoint callbacks
     141    nobody reads the output any more
-    143    SIGTERM: a fit then leaves a checkpoint"""
+    143    SIGTERM: the same"""
 
 
 class _Help(argparse._HelpAction):

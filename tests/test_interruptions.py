@@ -307,6 +307,63 @@ def test_sigterm_ends_a_validation_without_a_fit(tmp_path: Path) -> None:
     assert seen == ["batch"]
 
 
+class Once(Callback):
+    """Calls a function the first time that the Trainer is at a place, from the second unit on."""
+
+    def __init__(self, where: str, call: Callable[[], object]) -> None:
+        self.places = list[str]()
+
+        def at(trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+            if trainer.current_epoch >= 1 and not trainer.sanity_checking:
+                self.places.append(where)
+                if len(self.places) == 1:
+                    call()
+
+        setattr(self, where, at)
+
+
+def test_a_signal_between_two_batches_of_one_step_waits_for_the_step(tmp_path: Path) -> None:
+    first, four = Once("on_train_batch_end", terminate), {"accumulate_grad_batches": 4}
+    with pytest.raises(SystemExit):
+        trainer(tmp_path / "run", callbacks=[first], **four).fit(tiny_module(), datamodule=tiny_data())
+    assert saved(tmp_path / "run")["global_step"] == 3, "two of the first unit, one of the second"
+    last, whole, resumed = tmp_path / "run" / "checkpoints" / "last.ckpt", tiny_module(), tiny_module()
+    trainer(tmp_path / "whole", **four).fit(whole, datamodule=tiny_data())
+    trainer(tmp_path / "run", **four).fit(resumed, datamodule=tiny_data(), ckpt_path=last)
+    assert_equal_states(quantization_state(resumed), quantization_state(whole))
+
+
+def test_a_signal_while_a_unit_is_judged_ends_behind_that_unit(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        trainer(tmp_path, callbacks=[Once("on_train_epoch_end", terminate)]).fit(tiny_module(), datamodule=tiny_data())
+    assert exit_.value.code == 143
+    assert saved(tmp_path)["global_step"] == 12
+
+
+def test_a_signal_in_the_last_validation_ends_behind_its_batch(tmp_path: Path) -> None:
+    first = Once("on_validation_batch_start", terminate)
+    data = CalibrationDataModule.from_loaders(
+        DataLoader(tiny_images(64), batch_size=32), DataLoader(tiny_images(9), batch_size=3)
+    )
+    fit, module = trainer(tmp_path, callbacks=[first]), tiny_module()
+    with pytest.raises(SystemExit) as exit_:
+        fit.fit(module, datamodule=data)
+    assert exit_.value.code == 143
+    assert len(first.places) == 1
+    assert len(module.reports) == 5
+    assert saved(tmp_path)["global_step"] == fit.global_step, "all steps"
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_a_validation_within_a_unit_loses_no_step(tmp_path: Path, number: int) -> None:
+    first = Once("on_validation_batch_start", lambda: os.kill(os.getpid(), number))
+    often = {"val_check_interval": 3, "check_val_every_n_epoch": 2}
+    with pytest.raises(SystemExit):
+        trainer(tmp_path, callbacks=[first], **often).fit(tiny_module(), datamodule=tiny_data())
+    assert saved(tmp_path)["global_step"] == 10, "behind the step that follows the validation"
+
+
 def test_a_handler_of_the_users_own_hears_ctrl_c(tmp_path: Path) -> None:
     heard = []
     before = signal.signal(signal.SIGINT, lambda *_: heard.append(True))
