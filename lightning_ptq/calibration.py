@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_ptq.cache import UnitCache
 from lightning_ptq.config import QuantConfig
-from lightning_ptq.errors import PTQError
+from lightning_ptq.errors import DEVICE_ERRORS, PTQError
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.layers import quantized_layers
 from lightning_ptq.losses.base import channels_first
@@ -147,7 +147,7 @@ def _run_unit(unit: nn.Module, x: Tensor, name: str) -> Tensor:
         raise PTQError(
             f"unit {name!r}: the float network gives {error}. Check the calibration images and the model's weights."
         ) from None
-    except torch.OutOfMemoryError:
+    except DEVICE_ERRORS:
         raise
     except (RuntimeError, AssertionError) as error:
         raise PTQError(

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
-import torch
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_ptq.datasets import class_names
-from lightning_ptq.errors import PTQError
+from lightning_ptq.errors import DEVICE_ERRORS, PTQError
 from lightning_ptq.functional import in_float32
 from lightning_ptq.graph import Chain
 from lightning_ptq.metrics import MEASURES, NO_LABEL, classes, has_scores
 from lightning_ptq.quantizers import initial_ranges, weight_quantizers
 from lightning_ptq.surroundings import Surroundings
+
+T = TypeVar("T")
 
 
 class Evaluation(L.LightningModule):
@@ -68,9 +69,8 @@ class Evaluation(L.LightningModule):
 
     def _look_at(self, batch: Any) -> None:
         images, labels = images_and_labels(batch)
-        run, whole = self._comparison(images)
-        outputs = {"teacher": _run_on(images, lambda: run(self.teacher))}
-        teacher = outputs["teacher"]
+        run, whole, teacher = _run_on(images, lambda: self._comparison(images))
+        outputs = {"teacher": teacher}
         has_classes = whole and has_scores(teacher)
         labels = None if labels is None or not has_classes else class_labels(labels, teacher)
         if labels is not None:
@@ -96,7 +96,9 @@ class Evaluation(L.LightningModule):
 
     def _compare_classes(self, outputs: int) -> None:
         """Say once where the labels are of fewer classes than the network's: they may be of others."""
-        names = class_names(self.trainer.val_dataloaders or ())
+        trainer = self.trainer
+        loader = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+        names = class_names(loader or ())
         if names and len(names) < outputs and not self._told_classes:
             self._told_classes = True
             classes_there = f"{len(names)} class{'es' * (len(names) > 1)}"
@@ -107,22 +109,28 @@ class Evaluation(L.LightningModule):
                 stacklevel=2,
             )
 
-    def _comparison(self, images: Any) -> tuple[Callable[[Chain], Tensor], bool]:
-        """(chain -> what to compare of it on `images`, whether that is the model's own output and not a part's).
+    def _comparison(self, images: Any) -> tuple[Callable[[Chain], Tensor], bool, Tensor]:
+        """(chain -> what to compare of it on `images`, whether that is the model's own output and not a part's, and
+        the teacher's).
 
         Where a part's model gives no tensor, such as detections, the part's output is compared.
         """
         around = self.surroundings
         if around is None:
-            images = self.teacher.laid_out(images, images.device)
-            return lambda chain: chain(images), True
+            if not isinstance(images, Tensor):
+                raise PTQError(
+                    "validation images are a list, as a detector reads them; the network reads one tensor "
+                    "(N, C, H, W). Give images of one size."
+                )
+            read = self.teacher.laid_out(images, images.device)
+            return lambda chain: chain(read), True, self.teacher(read)
         if self._gives_tensor is None:
             self._gives_tensor = isinstance(around(images, self.teacher), Tensor)
         if self._gives_tensor:
-            return lambda chain: around(images, chain), True
-        read = around.inputs(images)
-        read = self.teacher.laid_out(read, read.device)
-        return lambda chain: chain(read), False
+            return lambda chain: around(images, chain), True, around(images, self.teacher)
+        found = around.inputs(images)
+        part = self.teacher.laid_out(found, found.device)
+        return lambda chain: chain(part), False, self.teacher(part)
 
     def _measure_labels(self, name: str, output: Tensor, labels: Tensor) -> None:
         """Compare an output with labels of images, or of pixels."""
@@ -195,18 +203,25 @@ def class_labels(labels: Tensor, output: Tensor) -> Tensor | None:
     return labels.where(there, -1)
 
 
-def _run_on(images: Any, run: Callable[[], Tensor]) -> Tensor:
+def _run_on(images: Any, run: Callable[[], T]) -> T:
     """What `run` gives for validation images; raises `PTQError` for those that the network can't take."""
-    if isinstance(images, Tensor) and not images.is_floating_point():
+    each = [images] if isinstance(images, Tensor) else images
+    if not isinstance(each, list | tuple) or not all(isinstance(image, Tensor) for image in each):
         raise PTQError(
-            f"validation images are {str(images.dtype).removeprefix('torch.')}; the network reads floats. Convert and "
-            "normalise them in the data set's transform, as those of calibration."
+            f"a validation batch begins with a {type(images).__name__}, where images are expected: a tensor "
+            "(N, C, H, W), or a list of tensors for a detector. Have the loader give images, or images and labels."
         )
+    for image in each:
+        if not image.is_floating_point():
+            raise PTQError(
+                f"validation images are {str(image.dtype).removeprefix('torch.')}; the network reads floats. Convert "
+                "and normalise them in the data set's transform, as those of calibration."
+            )
     try:
         return run()
-    except torch.OutOfMemoryError:
+    except (PTQError, *DEVICE_ERRORS):
         raise
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
         shape = tuple(images.shape) if isinstance(images, Tensor) else [tuple(image.shape) for image in images]
         raise PTQError(
             f"the network can't take validation images of shape {shape}: {error}. Give them the size and the channels "

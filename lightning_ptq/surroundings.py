@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ptq.errors import PTQError
+from lightning_ptq.errors import DEVICE_ERRORS, PTQError
 from lightning_ptq.graph.pack import pack_of, unpacked
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.losses import ContrastiveConfig
@@ -81,6 +81,8 @@ class Surroundings(nn.Module):
                 self.model(images)
         except _Reached as reached:
             read = reached.read
+        except DEVICE_ERRORS:
+            raise
         except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
             raise PTQError(
                 f"{type(self.model).__name__} fails before it calls its part {self.part!r}: {error}. Check the images' "

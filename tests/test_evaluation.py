@@ -49,6 +49,8 @@ def test_only_labels_that_say_something_count(tmp_path: Path, form: str, top1: f
     [
         ((255 * torch.rand(4, 3, 8, 8)).byte(), "validation images are uint8; the network reads floats"),
         (torch.rand(4, 1, 8, 8), r"can't take validation images of shape \(4, 1, 8, 8\): .*channels"),
+        (torch.rand(4, 8, 8), r"can't take validation images of shape \(4, 8, 8\)"),
+        ([{"name": "a"}], r"a validation batch begins with a list"),
     ],
 )
 def test_images_that_are_none_for_the_network_are_refused(images: torch.Tensor, refusal: str, tmp_path: Path) -> None:
@@ -62,6 +64,36 @@ def test_fewer_classes_than_outputs_are_told_once(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="of 2 classes, and the network has 5 outputs") as told:
         trainer(tmp_path).fit(tiny_module(), datamodule=data_of(DataLoader(dataset, batch_size=2)))
     assert sum("2 classes" in str(warning.message) for warning in told) == 1
+
+
+def test_a_list_of_images_is_refused_where_no_detector_reads_it(tmp_path: Path) -> None:
+    validation = DataLoader(tiny_images(4), 4, collate_fn=list)
+    with pytest.raises(PTQError, match="validation images are a list, as a detector reads them"):
+        trainer(tmp_path, num_sanity_val_steps=1).fit(tiny_module(), datamodule=data_of(validation))
+
+
+def test_fewer_classes_are_told_in_a_test_too(tmp_path: Path) -> None:
+    module = tiny_module()
+    trainer(tmp_path / "fit").fit(module, datamodule=data_of(DataLoader(tiny_images(4), 4)))
+    dataset = TensorDataset(tiny_images(8), torch.arange(8) % 2)
+    dataset.classes = ["cat", "dog"]
+    with pytest.warns(UserWarning, match="of 2 classes, and the network has 5 outputs"):
+        trainer(tmp_path / "test").test(module, DataLoader(dataset, batch_size=8), verbose=False)
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_what_a_device_says_is_not_said_of_images(
+    kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tiny_module()
+    trainer(tmp_path / "fit").fit(module, datamodule=data_of(DataLoader(tiny_images(4), 4)))
+
+    def fail(x: torch.Tensor) -> torch.Tensor:
+        raise kind("the device has a fault")
+
+    monkeypatch.setattr(module.teacher, "forward", fail)
+    with pytest.raises(kind, match="the device has a fault"):
+        trainer(tmp_path / "test").validate(module, DataLoader(tiny_images(4), 4), verbose=False)
 
 
 def test_labels_of_text_are_not_passed_over_in_silence(tmp_path: Path) -> None:

@@ -120,6 +120,18 @@ def test_fit_leaves_a_quantized_detector_that_a_checkpoint_brings_back(fit: L.Tr
             assert all(torch.equal(f[key], w[key]) for key in w)
 
 
+@pytest.mark.parametrize(
+    ("image", "refusal"),
+    [
+        (torch.zeros(3, 64, 64, dtype=torch.uint8), "validation images are uint8"),
+        (torch.rand(64, 64), "fails before it calls its part 'backbone': images is expected to be"),
+    ],
+)
+def test_images_that_are_none_for_a_detector_are_refused(fitted_part: PTQModule, image: Tensor, refusal: str) -> None:
+    with pytest.raises(PTQError, match=refusal):
+        fitted_part.validation_step(((image,), ({},)), 0)
+
+
 def test_calibration_sees_what_the_backbone_reads() -> None:
     net = detector()
     around = Surroundings(net, "backbone")
