@@ -32,7 +32,7 @@ def build_network(model: nn.Module | str, weights: str | None) -> nn.Module:
     """
     network = model if isinstance(model, nn.Module) else build_model(model, weights)
     if weights is not None and (Path(weights).exists() or not is_torchvision(model)):
-        state = unwrapped(network, read_state(weights))
+        state = without_prefix(network, read_state(weights), weights)
         if isinstance(model, str) and is_torchvision(model) and (classes := other_classes(network, state)):
             network = build_model(model, num_classes=classes)
         load_state(network, state, weights)
@@ -86,11 +86,13 @@ def check_named(weights: str, model: str) -> None:
     """Raise `PTQError` unless torchvision has such weights of `model`; what looks like a file was to be one."""
     import torchvision
 
-    known = [each.name for each in torchvision.models.get_model_weights(model)]
-    if weights.rpartition(".")[2] in ("DEFAULT", *known):
+    ours = torchvision.models.get_model_weights(model)
+    known = [each.name for each in ours]
+    group, _, name = weights.rpartition(".")
+    if name in ("DEFAULT", *known) and group in ("", ours.__name__):
         return
-    if os.sep in weights or Path(weights).suffix:
-        read_state(weights)
+    if os.sep in weights or (Path(weights).suffix and not group.endswith("_Weights")):
+        check_file(weights)
     raise PTQError(
         f"weights={weights!r} is no file, and of {model!r} torchvision has {', '.join(known) or 'none'}. Name one of "
         "these, or a weights file that exists."
@@ -109,16 +111,21 @@ def _suggestion(name: str) -> str:
 
 def load_weights(model: nn.Module, path: str) -> None:
     """Load a state dict, bare or below "state_dict" or "model", strictly and without running code from the file."""
-    load_state(model, unwrapped(model, read_state(path)), path)
+    load_state(model, without_prefix(model, read_state(path), path), path)
 
 
-def read_state(path: str) -> Any:
-    """What a weights file holds: a state dict if it is one, read without running code from the file."""
+def check_file(path: str) -> None:
+    """Raise `PTQError` where there is no such weights file."""
     if not Path(path).is_file():
         raise PTQError(
             f"weights={path!r} is no file, seen from {str(Path.cwd())!r}. Give a state dict saved with torch.save, or, "
             "with a run's config.yaml, call from the folder where that run was started."
         )
+
+
+def read_state(path: str) -> Any:
+    """What a weights file holds: a state dict if it is one, read without running code from the file."""
+    check_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -130,19 +137,32 @@ def read_state(path: str) -> Any:
     return state
 
 
-def unwrapped(model: nn.Module, state: Any) -> Any:
-    """The part of `state` that is the model's, where a wrapper put its name for it before every key.
+def without_prefix(model: nn.Module, state: Any, path: str) -> Any:
+    """The part of `state`, which `path` holds, that is the model's, where a wrapper put its name before every key.
 
     That is "module." in what DDP saves, and an attribute's name in a LightningModule's checkpoint.
+
+    Raises:
+        PTQError: several parts are the model's, such as an average of weights beside the weights, and differ.
     """
     own = model.state_dict().keys()
     first = next(iter(own), "")
     wrapped = [str(key) for key in state if str(key).endswith(f".{first}")] if isinstance(state, dict) else []
+    found: dict[str, dict[str, Any]] = {}
     for prefix in (key.removesuffix(first) for key in wrapped):
         part = {str(key).removeprefix(prefix): value for key, value in state.items() if str(key).startswith(prefix)}
-        if part.keys() == own:
-            return part
-    return state
+        if part.keys() == own and not any(_are_equal(part, other) for other in found.values()):
+            found[prefix] = part
+    if len(found) > 1:
+        raise PTQError(
+            f"weights={path!r} holds weights of {type(model).__name__} below {' and '.join(map(repr, found))}, and "
+            "they differ. Save the state dict of the one that is to be quantized."
+        )
+    return next(iter(found.values()), state)
+
+
+def _are_equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return all(isinstance(x := one[key], Tensor) and torch.equal(x, other[key]) for key in one)
 
 
 def load_state(model: nn.Module, state: Any, path: str) -> None:

@@ -13,18 +13,13 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import Any
-from urllib.error import URLError
 
 import pytest
 import torch
-import torchvision
 
 from lightning_ptq import DigitsData, PTQError
-from lightning_ptq.building import build_model, build_network, load_weights
 from lightning_ptq.cli import main
-from lightning_ptq.models import digits_net, resnet20
-from tests.helpers import TinyNet, assert_equal_states, tiny_net
+from lightning_ptq.models import resnet20
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -385,21 +380,6 @@ def test_a_wrong_setting_is_named(tmp_path: Path, option: str, message: str) -> 
     assert not list(tmp_path.rglob("checkpoints"))
 
 
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        ("nowhere.pt", r"weights='nowhere.pt' is no file, seen from"),
-        ("gone/weights", r"weights='gone/weights' is no file, seen from"),
-        ("IMAGENET1K_V9", r"'IMAGENET1K_V9' is no file, and of 'resnet18' torchvision has IMAGENET1K_V1\. Name one"),
-    ],
-)
-def test_weights_of_a_torchvision_model_that_are_not_there_are_named(
-    tmp_path: Path, weights: str, message: str
-) -> None:
-    with pytest.raises(PTQError, match=message):
-        quickstart(tmp_path, "--model.model=resnet18", f"--model.weights={weights}")
-
-
 def test_a_printed_config_is_one_for_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         quickstart(tmp_path, "--print_config")
@@ -429,75 +409,6 @@ def test_a_value_of_the_wrong_kind_is_named_with_the_choices(
     assert rule in stderr
 
 
-class Bomb:
-    """Unpickling this creates a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (
-            lambda folder: resnet20().state_dict(),
-            r"do not fit CifarResNet: 72 unexpected \(layer1\.1\.conv1\.weight, layer1\.1\.bn1\.weight, "
-            r"layer1\.1\.bn1\.bias, \.\.\.\), 2 of another shape \(conv1\.weight, linear\.weight\)\. Give",
-        ),
-        (lambda folder: [1, 2, 3], "do not fit CifarResNet: it holds a list, not a state dict"),
-        (lambda folder: torch.zeros(3), "do not fit CifarResNet"),
-        (lambda folder: {"epoch": 3}, "do not fit CifarResNet"),
-        (lambda folder: {"state_dict": {}, "code": Bomb(folder / "ran")}, "can't be read"),
-    ],
-    ids=["another model", "a list", "a tensor", "no state dict", "code"],
-)
-def test_weights_that_do_not_fit_are_refused_and_run_no_code(
-    tmp_path: Path, content: Callable[[Path], Any], message: str
-) -> None:
-    torch.save(content(tmp_path), tmp_path / "weights.pt")
-    with pytest.raises(PTQError, match=message):
-        quickstart(tmp_path / "run", f"--model.weights={tmp_path / 'weights.pt'}")
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("prefix", ["module.", "model.net."])
-def test_weights_that_a_wrapper_saved_are_the_model_s(tmp_path: Path, prefix: str) -> None:
-    """Those of DDP, and of a LightningModule with parameters of its own."""
-    trained, model = tiny_net(), TinyNet()
-    wrapped = {prefix + key: value for key, value in trained.state_dict().items()}
-    torch.save({"state_dict": {"loss.weight": torch.ones(3), **wrapped}}, tmp_path / "weights.pt")
-    load_weights(model, str(tmp_path / "weights.pt"))
-    assert_equal_states(model.state_dict(), trained.state_dict())
-    del wrapped[f"{prefix}fc.bias"]
-    torch.save(wrapped, tmp_path / "weights.pt")
-    with pytest.raises(PTQError, match=r"do not fit TinyNet: .* missing"):
-        load_weights(model, str(tmp_path / "weights.pt"))
-
-
-@pytest.mark.parametrize("key", ["state_dict", "model"])
-def test_weights_below_a_usual_key_are_found(tmp_path: Path, key: str) -> None:
-    state = torch.load(ROOT / "lightning_ptq" / "demo" / "digits.pt", weights_only=True)
-    torch.save({key: state, "epoch": 3}, tmp_path / "weights.pt")
-    quickstart(tmp_path / "run", f"--model.weights={tmp_path / 'weights.pt'}", "--trainer.fast_dev_run=true")
-    model = digits_net()
-    load_weights(model, str(tmp_path / "weights.pt"))
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-
-
-def test_a_model_of_torchvision_has_as_many_classes_as_its_weights(tmp_path: Path) -> None:
-    trained = build_model("resnet18", num_classes=7)
-    torch.save(trained.state_dict(), tmp_path / "weights.pt")
-    network = build_network("resnet18", str(tmp_path / "weights.pt"))
-    images = torch.rand(2, 3, 32, 32)
-    assert torch.equal(network(images), trained.eval()(images))
-    torch.save(build_model("resnet34").state_dict(), tmp_path / "other.pt")
-    with pytest.raises(PTQError, match=r"other.pt' do not fit ResNet: \d+ unexpected"):
-        build_network("resnet18", str(tmp_path / "other.pt"))
-
-
 def test_a_missing_data_folder_is_named(tmp_path: Path, weights: Path) -> None:
     with pytest.raises(PTQError, match=r"data.root='.*nowhere' is not a folder"):
         small_fit(CIFAR10[0], tmp_path, f"--data.root={tmp_path / 'nowhere'}", f"--model.weights={weights}")
@@ -506,15 +417,6 @@ def test_a_missing_data_folder_is_named(tmp_path: Path, weights: Path) -> None:
 def test_the_cifar10_configs_never_calibrate_an_untrained_network(tmp_path: Path, small_images: Path) -> None:
     with pytest.raises(PTQError, match=r"weights='resnet20.pt' is no file"):
         small_fit(CIFAR10[0], tmp_path, f"--data.root={small_images}")
-
-
-def test_weights_that_cannot_be_downloaded_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*args: Any, **kwargs: Any) -> None:
-        raise URLError("no network")
-
-    monkeypatch.setattr(torchvision.models, "get_model", offline)
-    with pytest.raises(PTQError, match=r"'IMAGENET1K_V1' of 'resnet18' can't be downloaded: .*no network"):
-        small_fit(IMAGENET[0], tmp_path)
 
 
 @pytest.mark.parametrize("command", ["fit", "validate"])
@@ -527,11 +429,6 @@ def test_a_damaged_checkpoint_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "damaged.ckpt").write_text("hi\n")
     with pytest.raises(PTQError, match=r"damaged.ckpt' can't be read.*Give a fit's checkpoints/last.ckpt"):
         quickstart(tmp_path / "run", f"--ckpt_path={tmp_path / 'damaged.ckpt'}")
-
-
-def test_networks_with_a_backbone_of_their_own_are_built_without_a_download() -> None:
-    network = build_model("lraspp_mobilenet_v3_large")
-    assert type(network).__name__ == "LRASPP"
 
 
 def test_images_with_other_channels_are_refused_in_one_sentence(tmp_path: Path, weights: Path) -> None:
