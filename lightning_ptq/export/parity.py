@@ -105,7 +105,8 @@ class Likeness:
 
         One image of a thousand may differ, and one where there are fewer: two scores may tie.
         """
-        enough = min(math.ceil((agreement - 0.05) / 100 * self.count), self.count - 1)
+        # Rounded first: a percentage of a count is off by some last bits.
+        enough = min(math.ceil(round(agreement / 100 * self.count, 6)), self.count - 1)
         return self.sqnr_db >= sqnr_db and self.same >= enough
 
 
