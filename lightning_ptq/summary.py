@@ -115,8 +115,12 @@ class RunSummary(Callback):
         bar = trainer.progress_bar_callback
         if bar is not None:
             bar.disable()  # a live bar would be drawn over the result
-        how = "" if summary["complete"] else f"\n{to_go_on(trainer, len(module.reports), told)}"
-        print(f"{table(summary)}{how}\nsummary: {folder / 'summary.json'}", flush=True)  # noqa: T201 (the result)
+        lines = [table(summary)]
+        if not summary["complete"]:
+            lines.append(to_go_on(trainer, len(module.reports), told))
+        elif path := saved_checkpoint(trainer):
+            lines.append(f"checkpoint: {path}")
+        print(*lines, f"summary: {folder / 'summary.json'}", sep="\n", flush=True)  # noqa: T201 (the result)
         report(trainer, module, folder, self.confusions if measured else {})
 
 
@@ -229,11 +233,17 @@ def method_title(summary: dict[str, Any]) -> str:
     return "nearest + corrected biases" if summary["corrected_biases"] else str(summary["method"])
 
 
+def saved_checkpoint(trainer: L.Trainer) -> Any:
+    """Path of the last checkpoint that this run left, or that it went on from; None without one."""
+    saved = (callback.last_model_path for callback in trainer.checkpoint_callbacks)  # type: ignore[attr-defined]
+    # Lightning names a file before it is written, which an interrupt may have prevented; one that lies elsewhere, such
+    # as in a bucket, is not looked for.
+    return next((path for path in saved if path and ("://" in path or Path(path).exists())), trainer.ckpt_path)
+
+
 def to_go_on(trainer: L.Trainer, done: int, told: bool) -> str:
     """Where a run that was stopped stands, and how to go on: by a limit of its own, or because it was `told` to end."""
-    saved = (callback.last_model_path for callback in trainer.checkpoint_callbacks)  # type: ignore[attr-defined]
-    # Lightning names a file before it is written, which an interrupt may have prevented.
-    path = next((path for path in saved if path and Path(path).exists()), trainer.ckpt_path)
+    path = saved_checkpoint(trainer)
     stands = f"not finished: {'1 unit is' if done == 1 else f'{done} units are'} done"
     if path is None:
         return f"{stands}, and there is no last.ckpt yet: begin again."

@@ -392,6 +392,8 @@ def test_what_ended_a_run_decides_what_is_said_of_going_on(
     def go_on(name: str) -> str:
         return f"Go on with ckpt_path={str(tmp_path / name / 'checkpoints' / 'last.ckpt')!r}"
 
+    complete = said("complete")
+    assert complete[-1] == f"checkpoint: {tmp_path / 'complete' / 'checkpoints' / 'last.ckpt'}"
     early = said("early", callbacks=[At(3, interrupt)])
     assert early == ["not finished: 0 units are done, and there is no last.ckpt yet: begin again."]
     later = said("later", callbacks=[At(9, interrupt)])
@@ -400,6 +402,9 @@ def test_what_ended_a_run_decides_what_is_said_of_going_on(
         patched.setattr(L.Trainer, "save_checkpoint", lambda *_, **__: interrupt())
         unwritten = said("unwritten", callbacks=[])
     assert unwritten == ["not finished: 1 unit is done, and there is no last.ckpt yet: begin again."]
+    away = L.pytorch.callbacks.ModelCheckpoint(dirpath="memory://run", save_last=True, every_n_train_steps=1)
+    bucket = said("bucket", callbacks=[away, At(9, interrupt)])
+    assert bucket == ["not finished: 1 unit is done. Go on with ckpt_path='memory://run/last.ckpt'."]
     terminated = said("terminated", callbacks=[At(14, terminate)])
     assert terminated == [f"not finished: 2 units are done. {go_on('terminated')}."]
     (limited,) = said("limited", max_steps=14)
