@@ -39,18 +39,15 @@ class UnitCheckpoint(ModelCheckpoint):
         self._saved = False
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Save where the loop ends by max_steps, max_time or a signal, since after it the epoch counts as done, and
-        before a validation, any of whose images may be broken."""
-        stops = trainer.should_stop or trainer.received_sigterm or 0 <= trainer.max_steps <= trainer.global_step
+        """Save where a signal ends the fit, and before a validation, any of whose images may be broken."""
         every = trainer.check_val_every_n_epoch
         validates = trainer.enable_validation and every is not None and (trainer.current_epoch + 1) % every == 0
-        if validates if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch else stops:
+        if validates if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch else trainer.received_sigterm:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save unless the unit was stopped in its middle, which a resumed run would then skip."""
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            self._save(trainer)
+        """Save what was judged, or where the Trainer's limits stop the unit."""
+        self._save(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save once where a run that was done already is continued: every run folder has its checkpoint."""

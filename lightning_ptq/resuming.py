@@ -54,6 +54,9 @@ class Resuming(Taking):
         """Leave all that is frozen out; add what identifies the run and what is known of the finished units."""
         if self.trainer.state.fn == "fit" and self.trainer.state.status == TrainerStatus.RUNNING:
             self.stop_clock()
+        epoch: Any = self.trainer.fit_loop.epoch_progress.current
+        if epoch.processed == epoch.ready and not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            stand_in_unit(checkpoint, self.trainer.accumulate_grad_batches)
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith(FROZEN)}
         checkpoint["lightning_ptq"] = {
@@ -140,6 +143,24 @@ class Resuming(Taking):
             "steps_per_batch": self.steps_per_batch,
             "seed": self.seed,
         }
+
+
+def stand_in_unit(checkpoint: dict[str, Any], accumulated: int = 1) -> None:
+    """Have a checkpoint go on with the unit that was stopped in its middle, as one does that is written behind a step.
+
+    Lightning counts an epoch as done that `max_steps` or `max_time` ended: who resumed would skip the rest of the unit.
+
+    Args:
+        accumulated: batches of an optimisation step.
+    """
+    loop = checkpoint["loops"]["fit_loop"]
+    for progress in loop["epoch_progress"].values():
+        progress["processed"] = progress["completed"] = progress["ready"] - 1
+    steps = loop["epoch_loop.batch_progress"]
+    for progress in (steps["total"], steps["current"]):
+        progress["completed"] = progress["ready"] - 1
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= steps["current"]["ready"] % accumulated == 0
+    checkpoint["epoch"] = loop["epoch_progress"]["current"]["processed"]
 
 
 def _by_name(structure: dict[str, Any], method: str) -> dict[str, Any]:

@@ -114,16 +114,41 @@ def test_a_crash_loses_no_finished_unit(tmp_path: Path, hook: str, epoch: int, d
     assert [resumed[key] for key in RATES] == [expected[key] for key in RATES]
 
 
-def test_resume_after_max_steps_goes_on_in_the_middle_of_the_unit(tmp_path: Path) -> None:
-    whole = tiny_module()
-    trainer(tmp_path / "whole").fit(whole, datamodule=tiny_data())
-    stopped = tiny_module()
-    trainer(tmp_path / "stopped", max_steps=9).fit(stopped, datamodule=tiny_data())
+class Stop(Callback):
+    """Ends a fit as `max_time` does, behind a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        trainer.should_stop |= trainer.global_step == self.step
+
+
+@pytest.mark.parametrize("by_time", [False, True])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_resume_goes_on_in_the_middle_of_the_unit_that_a_limit_stopped(
+    tmp_path: Path, accumulated: int, by_time: bool
+) -> None:
+    """From our checkpoint, from one of the user's own callback and from one that the user writes."""
+
+    def run(name: str, ckpt_path: Path | None = None, **settings: Any) -> tuple[L.Trainer, PTQModule]:
+        module, done = tiny_module(), trainer(tmp_path / name, accumulate_grad_batches=accumulated, **settings)
+        done.fit(module, datamodule=tiny_data(), ckpt_path=ckpt_path)
+        return done, module
+
+    _, whole = run("whole")
+    step = 9 // accumulated
+    limit = {} if by_time else {"max_steps": step}
+    stop = [Stop(step)] if by_time else []
+    done, stopped = run("stopped", callbacks=[*stop], **limit)
     assert len(stopped.reports) == 1, "the second unit was stopped in its middle and must not be judged"
-    module = tiny_module()
-    last = tmp_path / "stopped" / "checkpoints" / "last.ckpt"
-    trainer(tmp_path / "resumed").fit(module, datamodule=tiny_data(), ckpt_path=last)
-    assert_equal_states(quantization_state(module), quantization_state(whole))
+    done.save_checkpoint(tmp_path / "by_hand.ckpt")
+    run("own", callbacks=[*stop, ModelCheckpoint(tmp_path / "mine", "own", save_on_train_epoch_end=True)], **limit)
+    ours = tmp_path / "stopped" / "checkpoints" / "last.ckpt"
+    for path in (ours, tmp_path / "by_hand.ckpt", tmp_path / "mine" / "own.ckpt"):
+        resumed, module = run(f"resumed-{path.stem}", path)
+        assert_equal_states(quantization_state(module), quantization_state(whole))
+        assert resumed.global_step == len(module.epoch_names) * 6 // accumulated
 
 
 @pytest.mark.parametrize("steps", [6, 12, 24, 25, 26])
