@@ -25,8 +25,9 @@ from lightning_ptq.datamodule import CalibrationDataModule
 from lightning_ptq.errors import PTQError
 from lightning_ptq.failures import exit_code, explained
 from lightning_ptq.files import write_whole
+from lightning_ptq.help import PROGRAM, USAGE
 from lightning_ptq.interruptions import LAUNCHER
-from lightning_ptq.parser import NOT_EVERYWHERE, PROGRAM, USAGE, CommandParser
+from lightning_ptq.parser import NOT_EVERYWHERE, CommandParser
 
 
 class SaveRunConfig(SaveConfigCallback):

@@ -22,9 +22,10 @@ from lightning_ptq.eight_bits import eight_bits, images_to_try
 from lightning_ptq.errors import NoValidationImages, PTQError
 from lightning_ptq.export import compare_lowered, export_onnx, export_pt2, save_packed
 from lightning_ptq.front import front_data, front_text, pareto_front, plot_front
+from lightning_ptq.help import PROGRAM
 from lightning_ptq.memory import Room
 from lightning_ptq.module import PTQModule
-from lightning_ptq.parser import PROGRAM, CommandParser
+from lightning_ptq.parser import CommandParser
 from lightning_ptq.plan import plan_text
 from lightning_ptq.report import write_report
 from lightning_ptq.store import chunks

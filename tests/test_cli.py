@@ -393,7 +393,7 @@ def test_a_printed_config_is_one_for_every_command(tmp_path: Path, capsys: pytes
     ("option", "rule"),
     [
         ("--model.method=magic", "'nearest', 'adaround', 'brecq', 'qdrop', 'pdquant'"),
-        ("--model.quant.weight_bits=four", "int"),
+        ("--model.quant.weight_bits=four", "a whole number"),
         ("--model.quant.edges=16bit", "'8bit', 'same'"),
         ("--model.cache=ram", "'auto', 'device', 'host', 'disk'"),
     ],

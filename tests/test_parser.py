@@ -14,7 +14,9 @@ from jsonargparse import capture_parser
 
 from lightning_ptq import PTQError
 from lightning_ptq.cli import main
-from lightning_ptq.parser import COMMANDS, COMMON, CommandParser, nearest
+from lightning_ptq.help import COMMANDS, COMMON
+from lightning_ptq.parse_errors import nearest
+from lightning_ptq.parser import CommandParser
 from tests.helpers import tiny_images, tiny_module
 
 ROOT = Path(__file__).parents[1]
@@ -100,7 +102,25 @@ def test_all_has_every_option_and_no_endless_list_of_classes(parser: Any) -> Non
         (["fit", "--data", "lightning_ptq.DigitData"], "Did you mean DigitsData?"),
         (["fit", "--data", "lightning_ptq.datas.DigitsData"], "has no attribute 'datas'"),
         (["fit", "--data=lightning_ptq.DigitsData", "--data.samples=8"], "Did you mean calibration_samples?"),
-        (["fit", "--model.method=magic"], "Expected one of 'nearest', 'adaround'"),
+        (["fit", "--model.method=magic"], "model.method=magic is not one of 'nearest', 'adaround'"),
+        (
+            ["fit", "--model.quant.weight_bits=four"],
+            "model.quant.weight_bits=four is not a whole number. Bits of the weights, 2 to 8.",
+        ),
+        (["fit", "--model.quant.average_bits=nan"], "average_bits=nan is not a number or null. Choose the bits that"),
+        (["fit", "--data=lightning_ptq.ImageFolderData"], "required: root. Give --data.root."),
+        (
+            ["fit", "--data=lightning_ptq.ImageFolderData", "--data.root=x", "--data.mean=[0.5]"],
+            "data.mean=[0.5] is not a list of 3. lightning-ptq fit --data.help lightning_ptq.ImageFolderData lists",
+        ),
+        (
+            ["fit", "--data=lightning_ptq.ImageFolderData", "--data.rezise=9"],
+            "'rezise' is not accepted. Did you mean resi",
+        ),
+        (
+            ["fit", "--data=lightning_ptq.ImageFolderData", "--data.zzz=9"],
+            "'zzz' is not accepted. lightning-ptq fit --data.help lightning_ptq.ImageFolderData lists what it takes.",
+        ),
         (["fit", "--config=nowhere.yaml"], "File does not exist"),
         (["fit"], "error: fit needs images: give --config FILE, or --model.model and --data."),
         (

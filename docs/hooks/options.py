@@ -19,7 +19,7 @@ from mkdocs.structure.files import File, Files
 
 import lightning_ptq
 from lightning_ptq.cli import main
-from lightning_ptq.parser import COMMANDS, EXIT_CODES, PROGRAM
+from lightning_ptq.help import COMMANDS, EXIT_CODES, PROGRAM
 
 PAGE = "options.md"
 DATA = ("ImageFolderData", "CIFAR10Data", "DigitsData")
