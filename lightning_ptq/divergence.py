@@ -69,9 +69,12 @@ def divergences(
 
     @torch.no_grad()
     def lost(k: int) -> Tensor:
-        pairs = zip(chunks(x, size), final.split(size), strict=False)
-        outs = ((teacher(student.units[k](widened(some.to(device))), start=k + 1), wanted) for some, wanted in pairs)
-        return torch.cat([errors(out, wanted.to(device)) for out, wanted in outs]).mean()
+        each, done = list[Tensor](), 0
+        for some in chunks(x, size):  # fewer rows where a unit's input is larger than the images
+            out = teacher(student.units[k](widened(some.to(device))), start=k + 1)
+            each.append(errors(out, final[done : done + len(some)].to(device)))
+            done += len(some)
+        return torch.cat(each).mean()
 
     with float_mode(student):
         for k, unit in enumerate(student.units):

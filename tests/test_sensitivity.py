@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lightning_ptq.layers import REGISTRY, QuantizedLayer
 from lightning_ptq.quantizers import ActQuantizer, act_quantizers, float_mode
 from lightning_ptq.ranges import weight_qparams
 from lightning_ptq.sensitivity import BITS, Kind, Sensitivity, sensitivities
+from lightning_ptq.store import chunks
 from tests.helpers import TinyNet, assert_equal_states, quantization_state, tiny_data, tiny_images, tiny_net, trainer
 
 CPU = torch.device("cpu")
@@ -68,6 +70,20 @@ def test_every_tensor_is_measured_at_every_number_of_bits_and_nothing_is_left_be
     assert {q.bits for q in act_quantizers(pair.student)} == {4, 8}
     images = tiny_images(4)
     torch.testing.assert_close(pair.student(images), pair.teacher(images))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_divergences_are_the_same_where_units_read_more_than_images_hold(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in most networks at 224 pixels: fewer rows pass through a later unit at once than through the first."""
+    images = tiny_images(16)
+    pair = build_chain(sure(), QuantConfig(), "block")
+    expected = lost_by(pair, images, learned=True)
+    numbers = rows * images[0].numel() * 3  # a block reads 2.7 times as many
+    monkeypatch.setattr("lightning_ptq.divergence.chunks", partial(chunks, numbers=numbers))
+    found = lost_by(pair, images, learned=True)
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
 def test_a_displaced_weight_comes_back_from_an_error_and_is_the_layers_alone() -> None:
