@@ -66,10 +66,15 @@ def prepare(job: str, root: Path) -> tuple[nn.Module, Tensor]:
     return model, images
 
 
+def choose_kernels(variant: str) -> None:
+    """Have this process go without compiled kernels, on a CPU or a GPU, where the variant is of torch's operations."""
+    if variant == "operations":
+        kernels.cpu_kernels = kernels._gpu_kernels = lambda: None
+
+
 def run(job: str, variant: str, steps: int | None, root: Path, accelerator: str) -> dict[str, Any]:
     """One calibration in this process; `steps` in place of the job's."""
-    if variant == "operations":
-        kernels.cpu_kernels = lambda: None
+    choose_kernels(variant)
     model, images = prepare(job, root)
     *_, (weight_bits, act_bits), usual = JOBS[job]
     steps = usual if steps is None else steps

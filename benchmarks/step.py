@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lightning_ptq as ptq
 from benchmarks.common import DEFAULT_ROOT, commit
-from benchmarks.speed import JOBS, TRAINER, VARIANTS, prepare
+from benchmarks.speed import JOBS, TRAINER, VARIANTS, choose_kernels, prepare
 from lightning_ptq.cache import Minibatch, Order
 from lightning_ptq.loader import Minibatches
 
@@ -130,7 +130,9 @@ class Measure(L.Callback):
         if self.operations:
             print(events.table(f"self_{kind}_time_total", self.operations, max_name_column_width=90))
         total = {event.key: getattr(event, f"{kind}_time_total") for event in events}
-        own = sum(getattr(e, f"self_{kind}_time_total") for e in events if e.key.startswith(("aten::", "_")))
+        # A GPU's kernels are events of their own beside the operations that started them, and ours begin alike.
+        operation = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
+        own = sum(getattr(e, f"self_{kind}_time_total") for e in operation if e.key.startswith(("aten::", "_")))
         looped, bare = (1000 * statistics.median(times) for times in (self.looped, self.bare))
         per_step = {part: sum(total.get(key, 0) for key in keys) / 1000 / BLOCK for part, keys in PARTS.items()}
         operations = own / 1000 / BLOCK
@@ -158,6 +160,7 @@ def main() -> None:
     parser.add_argument("--steps_per_batch", type=int, choices=[1, 2, 5, 10], help="1, or on a GPU 10 by default")
     parser.add_argument("--operations", type=int, default=0, help="print so many of each unit, the dearest")
     args = parser.parse_args()
+    choose_kernels(args.variant)
     model, images = prepare(args.job, args.root)
     bits = JOBS[args.job][3]
     module = ptq.PTQModule(
@@ -166,8 +169,9 @@ def main() -> None:
         steps_per_unit=STEPS,
         seed=0,
         report=False,
-        steps_per_batch=args.steps_per_batch or (10 if args.accelerator == "gpu" else 1),
-        **{"network_steps": STEPS} | VARIANTS[args.variant],
+        **{"network_steps": STEPS, "steps_per_batch": 10 if args.accelerator == "gpu" else 1}
+        | VARIANTS[args.variant]
+        | ({} if args.steps_per_batch is None else {"steps_per_batch": args.steps_per_batch}),
     )
     rate = matrix_rate(torch.device("cuda" if args.accelerator == "gpu" else "cpu"))
     measure = Measure(rate, args.operations)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_ptq import functional as F
-from lightning_ptq.kernels import cpu_kernels, kernels_for
+from lightning_ptq import kernels
 from lightning_ptq.seeds import mixed_seed
 from lightning_ptq.tape import recording
 
@@ -62,15 +62,15 @@ class DropMask:
         """What `fake_quantize` takes of `x`. None: everything; a mask: where it is 1; a `Draw`, on a GPU: those."""
         if self.probability == 0.0 or not self.active:
             return None
-        kernels = kernels_for(x)
-        if kernels is not None and x.is_cuda:
+        found = kernels.kernels_for(x)
+        if found is not None and x.is_cuda:
             if self._seed_there is None or self._seed_there.device != x.device:
                 self._seed_there = torch.full((), self._seed, dtype=torch.int64, device=x.device)
             self._calls += 1
-            return kernels.Draw(self._seed_there, self._calls, 1.0 - self.probability)
+            return found.Draw(self._seed_there, self._calls, 1.0 - self.probability)
         self._calls += 1
         window = self._windows.get(self._calls)
-        dtype = torch.uint8 if x.is_cpu and cpu_kernels() is not None else torch.float32
+        dtype = torch.uint8 if x.is_cpu and kernels.cpu_kernels() is not None else torch.float32
         stride = x.stride() if F.is_dense(x) else torch.empty(x.shape, device="meta").stride()
         if window is None or (window.shape, window.stride(), window.dtype) != (x.shape, stride, dtype):
             if tape := recording():  # none of the steps before it had this window

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from lightning_ptq.errors import PTQError
+from lightning_ptq.errors import DEVICE_ERRORS, PTQError
 from lightning_ptq.graph.export import unlogged
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.store import CacheType, Tier, readable
@@ -71,7 +71,7 @@ def _shapes(chain: Chain, image_shape: tuple[int, ...]) -> list[tuple[int, ...]]
     for name, unit in zip(chain.names, chain.units, strict=True):
         try:
             x = unit(x)
-        except _LOOKS_AT_VALUES:
+        except (*_LOOKS_AT_VALUES, *DEVICE_ERRORS):
             raise
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
             reason = str(error).rstrip(".")
