@@ -215,7 +215,8 @@ class CalibrationDataModule(L.LightningDataModule):
         self.images_available = size
         if warn and 0 < size < self.calibration_samples:
             warnings.warn(
-                f"data.calibration_samples={self.calibration_samples}, but there are only {size} calibration images. "
+                f"data.calibration_samples={self.calibration_samples}, but there {'is' if size == 1 else 'are'} only "
+                f"{size} calibration image{'s' * (size > 1)}. "
                 "All are used; more images or a smaller number silence this.",
                 stacklevel=2,
             )

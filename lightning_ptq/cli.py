@@ -172,8 +172,17 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not text.startswith("💡 Tip:") and "`LightningModule.configure_callbacks` will override" not in text
 
 
+def warning_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning as errors look; where it comes from says nothing to a user of the command line, but with --debug."""
+    text = " ".join(str(message).split())
+    return f"{PROGRAM}: warning: {text}{f' ({filename}:{lineno})' if '--debug' in sys.argv else ''}\n"
+
+
 def main(args: ArgsType = None) -> None:
     """Entry point of `lightning-ptq` and `python -m lightning_ptq`; `args` stand in for the command line in tests."""
+    before, warnings.formatwarning = warnings.formatwarning, warning_line
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
     # It keeps the last checkpoint only, and every command has a folder of its own: nothing is lost.
     warnings.filterwarnings("ignore", "The dirpath has changed from")
@@ -217,5 +226,6 @@ def main(args: ArgsType = None) -> None:
             raise
         raise told from None
     finally:
+        warnings.formatwarning = before
         if os.environ.get(LAUNCHER) == str(os.getpid()):
             del os.environ[LAUNCHER]

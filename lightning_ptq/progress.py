@@ -127,7 +127,7 @@ class _Units(ProgressBar):
         return self.pace(trainer) | current_terms(trainer, super().get_metrics(trainer, pl_module))
 
     def pace(self, trainer: L.Trainer, begins: bool = False) -> dict[str, str]:
-        """Images a second in all processes, and the time left for the whole run; `begins`: as in `steps_left`."""
+        """Images a second of all processes, if steps read any, and the time left; `begins`: as in `steps_left`."""
         step = self._pace.seconds_per_step(self._pace.unit)
         if not step:
             return {}
@@ -135,7 +135,8 @@ class _Units(ProgressBar):
         steps = module.steps_taken() / int(trainer.num_training_batches)  # of a batch; the last may have fewer
         images = module.batch_size * steps * trainer.world_size / step
         left = round(self._pace.left(*steps_left(trainer, begins)))
-        return {"images/s": f"{images:.0f}"} | ({"left": str(timedelta(seconds=left))} if left else {})
+        speed = {"images/s": f"{images:.0f}"} if module.method.learns else {}  # without, a step reads none
+        return speed | ({"left": str(timedelta(seconds=left))} if left else {})
 
     def _tell(self, trainer: L.Trainer, module: L.LightningModule, begins: bool = False) -> None:
         reports: list[UnitReport] = module.reports  # type: ignore[assignment]

@@ -346,7 +346,8 @@ def check_batch(images: int, batch_size: int, world_size: int) -> None:
     """Raise `PTQError` if a process has fewer images than a batch needs."""
     if images < batch_size:
         raise PTQError(
-            f"batch_size={batch_size} needs that many different images, but there are {images} calibration images"
+            f"batch_size={batch_size} needs that many different images, but there {'is' if images == 1 else 'are'} "
+            f"{images} calibration image{'s' * (images != 1)}"
             + (f" on each of {world_size} processes" if world_size > 1 else "")
             + ". Add images (data.calibration_samples) or lower model.batch_size."
         )
