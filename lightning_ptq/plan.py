@@ -64,9 +64,6 @@ def plan_text(
         lines.append("softmax on a grid of powers of two: simulation only")
     if chains.student.image_shape is not None:
         lines.append(f"captured by torch.export, for images of shape {_shape(chains.student.image_shape)} only")
-    if chains.islands:
-        lines += ["kept whole, since neither torch.fx nor torch.export can follow them:"]
-        lines += [f"  {name}" for name in chains.islands]
     lines += ["", "stays in floating point:"]
     lines += [f"  {op.name}: {op.reason}" for op in chains.floats] or [
         f"  nothing with parameters{' in that part' if chains.student.is_part else ''}"

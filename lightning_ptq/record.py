@@ -188,8 +188,7 @@ def record(
         "layers": layers,
         "activations": activations,
         "products": list(chains.products),
-        "floats": [{"name": op.name, "reason": op.reason} for op in chains.floats]
-        + [{"name": name, "reason": "kept whole: nothing could follow it"} for name in chains.islands],
+        "floats": [{"name": op.name, "reason": op.reason} for op in chains.floats],
         "curves": curves,
         "confusion": dict(confusions),
     }

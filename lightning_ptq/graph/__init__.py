@@ -56,7 +56,7 @@ class ChainPair:
         layers: the quantized layers.
         products: names of the products of two activations, both quantized.
         floats: what stays in floating point.
-        islands: modules that nothing could follow and that are kept whole.
+        islands: modules among it that nothing could follow.
     """
 
     teacher: Chain
@@ -131,7 +131,7 @@ def build_chain(
         Chain(student, names, any_layout, captured.image_shape, norms, pairs, is_part).eval(),
         layers,
         tuple(placement.products.values()),
-        float_ops(placement),
+        float_ops(placement, captured.islands),
         captured.islands,
     )
 

@@ -130,15 +130,23 @@ def with_islands(
 ) -> Captured:
     """Trace with the innermost module that fx cannot follow kept whole, as often as it takes."""
     islands: list[str] = []
+    lines: list[str] = []  # of the user's code
     for _ in range(_MOST_ISLANDS):
         if not failure.path:
             break
         islands.append(failure.path[-1])
+        lines += [line.strip() for line in str(failure).splitlines()[1:2]]
         try:
             gm = trace(model, [*leaf_modules, *islands], is_part)
         except TraceError as error:
             failure = error
         else:
+            stay = f" and {len(islands) - 1} more stay" if len(islands) > 1 else " stays"
+            warnings.warn(
+                f"{type(model).__name__}: {islands[0]!r}{stay} in floating point, since neither torch.fx nor "
+                f"torch.export can follow {lines[0]!r}. `plan` lists what stays.",
+                stacklevel=2,
+            )
             return Captured(gm, islands=tuple(islands))
     raise PTQError(
         f"{failure}\ntorch.export with images of shape {tuple(shape)} cannot follow it either: {refusal}. "

@@ -6,10 +6,11 @@ The result looks as if fx had traced it, with functions in place of all modules 
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from copy import deepcopy
 from typing import Any
 
@@ -42,7 +43,9 @@ def exported(model: nn.Module, image_shape: Sequence[int], is_part: bool = False
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     images = torch.zeros(2, *image_shape, dtype=dtype, device=device)
-    with warnings.catch_warnings(), torch.no_grad(), attention_written_out(), unlogged():
+    # What it prints of a failure is the graph up to there.
+    silent = redirect_stderr(io.StringIO())
+    with warnings.catch_warnings(), torch.no_grad(), attention_written_out(), unlogged(), silent:
         warnings.simplefilter("ignore")  # about versions to come, of what torch itself calls
         program = export(model, (images,), dynamic_shapes=({0: Dim.DYNAMIC},), strict=False)
         gm = program.run_decompositions({}).module(check_guards=False)  # {}: nothing in place, all else as it is

@@ -198,12 +198,15 @@ def insert_quantizer(gm: fx.GraphModule, producer: fx.Node, quantizer: ActQuanti
     return node
 
 
-def float_ops(placement: Placement) -> tuple[FloatOp, ...]:
-    """Every operation with parameters, and every product, that stays in float, in order, each once."""
+def float_ops(placement: Placement, islands: Sequence[str] = ()) -> tuple[FloatOp, ...]:
+    """Every operation with parameters, and every product, that stays in float, in order, each once; `islands` too."""
     gm = placement.gm
     found: dict[str, FloatOp] = {}
     for node in gm.graph.nodes:
         reason = node.meta.get("float_reason") or why_float(gm, node)
+        if node.op == "call_module" and str(node.target) in islands:
+            kind = type(gm.get_submodule(str(node.target))).__name__
+            reason = f"{kind} is kept whole, since neither torch.fx nor torch.export can follow it"
         quantized = node in placement.layers or node in placement.products or node in placement.quantizers
         if reason and not quantized:
             name = str(node.target) if node.op in ("call_module", "get_attr") else node.name
