@@ -40,6 +40,7 @@ class Front:
         best: average bits -> the best mixture.
         budget: what an average is one of. learned: weights will be rounded by learning.
         readers: name of an activation's quantizer -> the layers that read it, by which `overrides` give its bits.
+        given: layers of whose bits `edges` or `overrides` give some.
     """
 
     sensitivities: list[Sensitivity]
@@ -48,6 +49,7 @@ class Front:
     budget: Budget
     learned: bool
     readers: dict[str, list[str]]
+    given: tuple[str, ...] = ()
 
 
 def pareto_front(
@@ -80,7 +82,8 @@ def pareto_front(
     readers: dict[str, list[str]] = {}
     for layer in chains.layers:
         readers.setdefault(layer.reads, []).append(layer.name)
-    return Front(found, lost, best, quant.budget, learned, readers)
+    given = tuple(layer.name for layer in chains.layers if layer.fixed)
+    return Front(found, lost, best, quant.budget, learned, readers, given)
 
 
 def front_text(front: Front) -> str:
@@ -106,6 +109,9 @@ def front_text(front: Front) -> str:
         lines.append(f"{unit:<36} " + "".join(f"{total:>12.4g}" for total in sums))
     lines += ["", f"{'average_bits':<14} {'divergence':>10}  {_COSTS[front.budget][0]}"]
     lines += [f"{bits:<14g} {best.divergence:>10.4g}  {best.cost:.2f}" for bits, best in front.best.items()]
+    if front.given:
+        more = f" and {len(front.given) - 3} more" if len(front.given) > 3 else ""
+        lines.append(f"Bits that edges or overrides give are not chosen, and count: {', '.join(front.given[:3])}{more}")
     return "\n".join(lines)
 
 

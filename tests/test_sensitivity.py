@@ -358,6 +358,8 @@ def test_the_front_falls_and_is_written_down(tmp_path: Path) -> None:
     text = front_text(front)
     assert "blocks.0.conv1" in text
     assert "unit, all its tensors" in text
+    assert text.endswith("Bits that edges or overrides give are not chosen, and count: stem, fc")
+    assert "not chosen" not in front_text(replace(front, given=()))
     plot_front(replace(front, best={3.0: Allocation({}, {}, -1e-9, 9.0)}), tmp_path / "nothing.png")  # warns of no log
     plot_front(front, tmp_path / "front.png")
     assert (tmp_path / "front.png").stat().st_size > 5000
