@@ -295,7 +295,7 @@ def weighted_error_backward(student: Tensor, teacher: Tensor, weights: Tensor, g
 def soft_round(
     alpha: Tensor, low: Tensor, step: Tensor, log_gain: Tensor, span: float, start: float
 ) -> tuple[Tensor, Tensor]:
-    """(weight, h) as in `functional.soft_round`, h = clamp(span * sigmoid(alpha) + start, 0, 1).
+    """(weight, h) as in `soft_rounding.soft_round`, h = clamp(span * sigmoid(alpha) + start, 0, 1).
 
     All are contiguous, and `alpha`, `low` and `step` of one shape (O, ...); `log_gain` holds O numbers, or one.
     """

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ptq import functional as F
+from lightning_ptq import soft_rounding as S
 
 # How far from the boundary between down and up AdaRound's weights start where they are rounded anew, in steps.
 _MARGIN = 0.25
@@ -166,7 +167,7 @@ class AdaRound(WeightQuantizer):
         position = weight / self.scale
         # Ties go where round() takes them, so that a fresh alpha is exactly round-to-nearest.
         fraction = position - position.floor()
-        alpha = F.inverse_rectified_sigmoid(fraction)
+        alpha = S.inverse_rectified_sigmoid(fraction)
         up = position.round() > position.floor()
         self.alpha.copy_(torch.where(up, alpha.clamp(min=1e-6), alpha.clamp(max=-1e-6)))
 
@@ -211,9 +212,9 @@ class AdaRound(WeightQuantizer):
     def _learning(self, weight: Tensor) -> Tensor:
         low, step = self._parts or self._ends(weight)
         if self.straight:
-            up = F.straight_through((self.alpha >= 0).float(), self.alpha)
+            up = S.straight_through((self.alpha >= 0).float(), self.alpha)
             return torch.addcmul(low, step, up) * self.log_gain.exp()
-        soft, self._h = F.soft_round(self.alpha, low, step, self.log_gain)
+        soft, self._h = S.soft_round(self.alpha, low, step, self.log_gain)
         return soft
 
 
@@ -251,7 +252,7 @@ class FlexRound(WeightQuantizer):
     def _learning(self, weight: Tensor) -> Tensor:
         position = self._position(weight)
         low, high = self.qmin - self.zero_point - 0.5, self.qmax - self.zero_point + 0.5
-        integers = F.straight_through(self._integers_at(position.detach()), position.clamp(low, high))
+        integers = S.straight_through(self._integers_at(position.detach()), position.clamp(low, high))
         return F.dequantize(integers, self.effective_scale, self.zero_point)
 
 

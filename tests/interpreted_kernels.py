@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_ptq import functional as F
 from lightning_ptq import gpu_kernels as K
+from lightning_ptq import soft_rounding as S
 
 LOW, HIGH, LOG_SCALE = -2.0, 5.0, torch.tensor(-0.1)
 SHAPES = [(3, 5, 7, 2), (3, 5, 40, 50), (5,)]  # less than a block, several of them, less than eight
@@ -87,13 +88,13 @@ def soft_rounding() -> None:
         alpha, low, step = 3.0 * torch.randn(7, 5, 31, 31), torch.randn(7, 5, 31, 31), torch.rand(7, 5, 31, 31)
         log_gain = 0.1 * torch.randn(gains, 1, 1, 1)
         z, gain = alpha.clone().requires_grad_(), log_gain.clone().requires_grad_()
-        expected = F.soft_round(z, low, step, gain)
-        found = K.soft_round(alpha, low, step, log_gain, F.ZETA - F.GAMMA, F.GAMMA)
+        expected = S.soft_round(z, low, step, gain)
+        found = K.soft_round(alpha, low, step, log_gain, S.ZETA - S.GAMMA, S.GAMMA)
         torch.testing.assert_close(found, expected)
         grads = torch.randn(2, *alpha.shape)
         torch.autograd.backward(expected[: 1 + undecided], list(grads[: 1 + undecided]))
         grad_h = grads[1] if undecided else None
-        at = alpha, step, log_gain, found[0], grads[0], grad_h, F.ZETA - F.GAMMA, F.GAMMA
+        at = alpha, step, log_gain, found[0], grads[0], grad_h, S.ZETA - S.GAMMA, S.GAMMA
         grad_alpha, grad_gain = K.soft_round_backward(*at)
         torch.testing.assert_close(grad_alpha, z.grad)
         torch.testing.assert_close(grad_gain.view(-1, 1, 1, 1).sum_to_size(gain.shape), gain.grad, rtol=1e-4, atol=1e-4)
@@ -101,7 +102,7 @@ def soft_rounding() -> None:
 
 def soft_rounding_keeps_nan() -> None:
     alpha = torch.tensor([[float("nan"), 1.0]])
-    weight, h = K.soft_round(alpha, torch.zeros(1, 2), torch.ones(1, 2), torch.zeros(1, 1), F.ZETA - F.GAMMA, F.GAMMA)
+    weight, h = K.soft_round(alpha, torch.zeros(1, 2), torch.ones(1, 2), torch.zeros(1, 1), S.ZETA - S.GAMMA, S.GAMMA)
     assert weight.isnan().tolist() == h.isnan().tolist() == [[True, False]]
 
 
@@ -109,7 +110,7 @@ def what_is_undecided() -> None:
     roundings = [torch.rand(50, 100), torch.tensor([0.0, 0.5, 1.0])]
     for beta in (20.0, 2.0):
         leaves = [h.clone().requires_grad_() for h in roundings]
-        expected = F.undecided(leaves, beta)
+        expected = S.undecided(leaves, beta)
         (3.0 * expected).backward()
         torch.testing.assert_close(K.undecided(roundings, torch.tensor(beta)), expected)
         for h, leaf in zip(roundings, leaves, strict=True):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_ptq import functional as F
+from lightning_ptq import soft_rounding as S
 from tests.strategies import MAGNITUDES, rows
 
 pytestmark = pytest.mark.usefixtures("both_ways")
@@ -80,17 +81,17 @@ def test_half_precision_input_is_computed_in_float32() -> None:
 
 def test_rectified_sigmoid_is_inverted() -> None:
     h = torch.linspace(0.0, 1.0, 101, dtype=torch.float64)
-    torch.testing.assert_close(F.rectified_sigmoid(F.inverse_rectified_sigmoid(h)), h)
-    assert F.rectified_sigmoid(torch.tensor([-50.0, 50.0])).tolist() == [0.0, 1.0]
+    torch.testing.assert_close(S.rectified_sigmoid(S.inverse_rectified_sigmoid(h)), h)
+    assert S.rectified_sigmoid(torch.tensor([-50.0, 50.0])).tolist() == [0.0, 1.0]
 
 
 def test_the_regulariser_has_the_value_and_gradient_of_its_formula() -> None:
     h = torch.linspace(0.01, 0.99, 12, dtype=torch.float64, requires_grad=True)
     other = torch.tensor([[0.3, 0.8]], dtype=torch.float64, requires_grad=True)
     for beta in (2.0, 3.7, 20.0):
-        assert torch.autograd.gradcheck(lambda *hs, b=beta: F.undecided(hs, b), (h, other))
+        assert torch.autograd.gradcheck(lambda *hs, b=beta: S.undecided(hs, b), (h, other))
         formula = sum(1 - abs(2 * v - 1) ** beta for v in [*h.tolist(), *other.flatten().tolist()])
-        assert float(F.undecided([h.detach(), other.detach()], beta)) == pytest.approx(formula)
+        assert float(S.undecided([h.detach(), other.detach()], beta)) == pytest.approx(formula)
 
 
 @pytest.mark.parametrize("gains", [(3, 1), (1, 1)])
@@ -101,7 +102,7 @@ def test_soft_rounding_has_the_values_and_gradients_of_its_formula(gains: tuple[
     log_gain = torch.randn(gains, dtype=torch.float64, generator=generator).requires_grad_()
 
     def both(alpha: Tensor, log_gain: Tensor) -> tuple[Tensor, Tensor]:
-        return F.soft_round(alpha, low, step, log_gain)
+        return S.soft_round(alpha, low, step, log_gain)
 
     weight, h = both(alpha, log_gain)
     torch.testing.assert_close(h, (1.2 * alpha.sigmoid() - 0.1).clamp(0, 1))
@@ -113,8 +114,8 @@ def test_soft_rounding_has_the_values_and_gradients_of_its_formula(gains: tuple[
 
 
 def test_decided_rounding_costs_nothing() -> None:
-    assert float(F.undecided([F.rectified_sigmoid(torch.tensor([-20.0, 20.0]))], 2.0)) == 0.0
-    assert float(F.undecided([F.rectified_sigmoid(torch.zeros(3))], 7.0)) == pytest.approx(3.0)
+    assert float(S.undecided([S.rectified_sigmoid(torch.tensor([-20.0, 20.0]))], 2.0)) == 0.0
+    assert float(S.undecided([S.rectified_sigmoid(torch.zeros(3))], 7.0)) == pytest.approx(3.0)
 
 
 def test_dot_is_the_sum_of_products_in_any_layout() -> None:

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_ptq import functional as F
 from lightning_ptq import kernels
+from lightning_ptq import soft_rounding as S
 from lightning_ptq.drop import DropMask
 from lightning_ptq.losses.reconstruction import reconstruction_loss
 
@@ -111,9 +112,9 @@ def test_sums_do_not_depend_on_the_number_of_threads() -> None:
         torch.set_num_threads(threads)
         try:
             leaf, log_scale, a, gain = (y.clone().requires_grad_() for y in (x, torch.zeros(()), alpha, log_gain))
-            weight, h = F.soft_round(a, torch.zeros_like(alpha), torch.ones_like(alpha), gain)
+            weight, h = S.soft_round(a, torch.zeros_like(alpha), torch.ones_like(alpha), gain)
             loss = reconstruction_loss(F.fake_quantize(leaf, log_scale, -2.0, 5.0), teacher, importance)
-            total = loss + F.undecided([h], 5.0) + (weight * alpha).sum()
+            total = loss + S.undecided([h], 5.0) + (weight * alpha).sum()
             found.append([total.detach(), *torch.autograd.grad(total, (leaf, log_scale, a, gain))])
         finally:
             torch.set_num_threads(before)
@@ -141,9 +142,9 @@ def test_what_is_traced_or_of_another_type_gets_operations() -> None:
 @needs_compiler
 def test_what_is_not_a_number_is_seen_in_the_loss() -> None:
     nan = torch.tensor([[float("nan"), 1.0]])
-    weight, h = F.soft_round(nan, torch.zeros(1, 2), torch.ones(1, 2), torch.zeros(1, 1))
+    weight, h = S.soft_round(nan, torch.zeros(1, 2), torch.ones(1, 2), torch.zeros(1, 1))
     assert weight.isnan().tolist() == h.isnan().tolist() == [[True, False]]
-    assert F.undecided([h], 2.0).isnan()
+    assert S.undecided([h], 2.0).isnan()
 
 
 @needs_compiler
@@ -183,9 +184,9 @@ def test_gains_of_any_shape_scale_like_formulas() -> None:
     alpha, low, step = torch.randn(3, 5, 4, 1, 1)
     for shape in ((5, 1, 1, 1), (1, 1, 1, 1), (1, 4, 1, 1), (5, 4, 1, 1)):
         log_gain = torch.randn(shape)
-        weight, h = F.soft_round(alpha, low, step, log_gain)
-        torch.testing.assert_close(weight, (low + step * F.rectified_sigmoid(alpha)) * log_gain.exp())
-        torch.testing.assert_close(h, F.rectified_sigmoid(alpha))
+        weight, h = S.soft_round(alpha, low, step, log_gain)
+        torch.testing.assert_close(weight, (low + step * S.rectified_sigmoid(alpha)) * log_gain.exp())
+        torch.testing.assert_close(h, S.rectified_sigmoid(alpha))
 
 
 def test_a_second_derivative_is_refused() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_ptq import functional as F
+from lightning_ptq import soft_rounding as S
 from lightning_ptq.drop import DropMask
 from lightning_ptq.quantizers import ActQuantizer, LogQuantizer, float_mode, initial_ranges
 from lightning_ptq.ranges import Histogram, weight_qparams
@@ -81,7 +81,7 @@ def test_the_regulariser_reads_the_rounding_that_the_weight_was_computed_with() 
     q.alpha.requires_grad_(True)
     q(weight)
     h = q.take_rounding()
-    torch.testing.assert_close(h, F.rectified_sigmoid(q.alpha))
+    torch.testing.assert_close(h, S.rectified_sigmoid(q.alpha))
     assert torch.autograd.grad(h.sum(), q.alpha)[0].abs().sum() > 0
     assert q._h is None, "the graph of a step does not outlive it"
 

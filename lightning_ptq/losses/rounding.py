@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_ptq.functional import undecided
 from lightning_ptq.losses.base import Term, UnitBatch, channels_first
 from lightning_ptq.losses.gather import processes
 from lightning_ptq.losses.reconstruction import reconstruction_loss
+from lightning_ptq.soft_rounding import undecided
 from lightning_ptq.store import chunks
 
 # All of a unit's undecided weights together weigh as much as an error that is so many times the unit's signal. For the
