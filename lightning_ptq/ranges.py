@@ -28,6 +28,8 @@ _FINE_FRACTIONS = torch.linspace(0.9, 1.1, 41)
 _LEAST_SQUARES_STEPS = 4
 # Elements of a weight that are searched together on a CPU.
 _CACHED = 2**19
+# Numbers that are counted at once: counts are float32, of which a larger one stays where it is when 1 is added.
+_EXACT = 2**24
 # Beyond 8 bits clipping never pays: the rounding error is too small for any tail to be traded for it.
 _MAX_SEARCH_BITS = 8
 
@@ -69,9 +71,12 @@ class Histogram:
             raise PTQError("NaN or infinite values")
         self._cover(low, high)
         start = self.first * self.width
-        with _in_any_order():
-            counts = torch.histc(x, _BINS, start, start + _BINS * self.width)
-        self.counts += counts.cpu().double()
+        x = torch.atleast_1d(x)
+        for rows in x.split(max(1, _EXACT // max(x[0].numel(), 1))):
+            for part in rows.reshape(-1).split(_EXACT):
+                with _in_any_order():
+                    counts = torch.histc(part, _BINS, start, start + _BINS * self.width)
+                self.counts += counts.cpu().double()
 
     def merge(self, other: Histogram) -> None:
         """Add what `other` has seen."""

@@ -78,6 +78,14 @@ def test_histogram_holds_everything_whatever_the_batches(values: list[float], pa
     assert used.max() + pieces.width >= x.max().double()
 
 
+@pytest.mark.parametrize("shape", [(3, 2**23), (1, 2**24 + 5)])
+def test_no_number_is_too_many_to_be_counted(shape: tuple[int, int]) -> None:
+    """float32 does not count beyond 2^24, and so many zeros are in the first layers of 64 images of 224 pixels."""
+    histogram = Histogram()
+    histogram.update(torch.zeros(()).expand(shape))
+    assert int(histogram.counts.max()) == shape[0] * shape[1]
+
+
 def test_histograms_of_two_processes_add_up_to_that_of_one() -> None:
     x = samples("heavy")
     both = Histogram()
