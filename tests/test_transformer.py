@@ -74,6 +74,41 @@ def test_channels_of_tokens_are_the_last_dimension() -> None:
     assert [len(w) for w in weights[1:]] == [16, 16, 5]
 
 
+class Growing(nn.Module):
+    """Ends in more channels than its last layer writes, which are as many as the image is wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.grow, self.fc = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.fc(torch.relu(torch.cat([x, self.grow(x)], 1)).mean((2, 3)))
+
+
+class Back(nn.Module):
+    """A linear layer over channels in the last dimension, which come back in front: as many as the image is wide."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.stem, self.inner, self.fc, self.how = nn.Conv2d(3, 8, 1), nn.Linear(8, 8), nn.Linear(8, 5), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.inner(x.permute(0, 2, 3, 1))
+        y = y.permute(0, 3, 1, 2) if self.how == "permute" else y.transpose(2, 3).transpose(1, 2)
+        return self.fc((x + y).mean((2, 3)))
+
+
+@pytest.mark.parametrize("model", [Growing(), Back("permute"), Back("transpose")])
+def test_channels_are_told_from_columns_of_pixels(model: nn.Module) -> None:
+    chain, x = module_of(model.eval(), granularity="layer").student, tiny_images(2)
+    with torch.no_grad():
+        for k, unit in enumerate(chain.units):
+            x = unit(x)
+            assert chain.channel_dim(k, x.shape) == 1, chain.names[k]
+
+
 class Dense(nn.Module):
     """A prediction for every pixel, in a dict as torchvision's segmentation networks give it."""
 

@@ -118,7 +118,7 @@ def compare_outputs(student: Chain, run: Run, images: Tensor) -> Likeness:
     sums, largest = torch.zeros(2, dtype=torch.float64), 0.0
     for x in chunks(images):
         expected, actual = student(x.to(device)).float().cpu(), one_output(student, run(x))
-        sums += len(x) * signal_and_noise(actual, expected).double()
+        sums += signal_and_noise(actual, expected)
         largest = max(largest, float((actual - expected).abs().max()))
         if has_scores(expected) and not student.is_part:
             agree = classes(actual) == classes(expected)

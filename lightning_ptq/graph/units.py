@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.conv import _ConvNd
 
 from lightning_ptq.errors import PTQError
+from lightning_ptq.graph.channels import channel_dim, written_dim
 from lightning_ptq.graph.norms import ChannelGroup
 from lightning_ptq.graph.taps import Tap
 from lightning_ptq.graph.trace import attribute_of, op_name
@@ -45,6 +45,7 @@ class Chain(nn.Module):
         self.norms, self.pairs = norms, pairs
         self.units = nn.ModuleList(units)
         self.names = tuple(names)
+        self._channel_dims: dict[tuple[int, int], int] = {}
 
     def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Run `units[start:stop]`."""
@@ -72,32 +73,19 @@ class Chain(nn.Module):
             )
 
     def channel_dim(self, unit: int, shape: Sequence[int]) -> int:
-        """Which dimension of a unit's output, of `shape` (B, ...), is that of channels: 1, or the last one (-1).
-
-        The one that is as long as its last layer has outputs; where that does not tell, the one that the layer writes.
-        """
-        graph = self.units[unit]
-        assert isinstance(graph, fx.GraphModule)
-        called = (graph.get_submodule(str(n.target)) for n in reversed(graph.graph.nodes) if n.op == "call_module")
-        last = next((module for module in called if isinstance(module, nn.Linear | _ConvNd)), None)
-        if len(shape) < 3 or last is None:
-            return 1
-        outputs = last.out_features if isinstance(last, nn.Linear) else last.out_channels
-        fits = [dim for dim in (1, -1) if shape[dim] == outputs]
-        return fits[0] if len(fits) == 1 else (-1 if isinstance(last, nn.Linear) else 1)
+        """Which dimension of a unit's output, of `shape` (B, ...), is that of channels: 1, or the last one (-1)."""
+        key = unit, len(shape)
+        if key not in self._channel_dims:  # steps ask again and again
+            graph = self.units[unit]
+            assert isinstance(graph, fx.GraphModule)
+            self._channel_dims[key] = channel_dim(graph, len(shape))
+        return self._channel_dims[key]
 
     def laid_out(self, images: Tensor, device: torch.device) -> Tensor:
         """`images` (N, C, H, W) in the layout in which this network is fastest on `device`: channels last."""
         if self.any_layout and images.dim() == 4 and device.type in ("cpu", "cuda"):
             return images.contiguous(memory_format=torch.channels_last)
         return images
-
-
-def written_dim(root: nn.Module, node: fx.Node) -> int:
-    """Which dimension the layer before `node`, or `node` itself, writes its channels to."""
-    while not (node.op == "call_module" and isinstance(root.get_submodule(str(node.target)), nn.Linear | _ConvNd)):
-        node = node.all_input_nodes[0]
-    return -1 if isinstance(root.get_submodule(str(node.target)), nn.Linear) else 1
 
 
 def unit_names(layers: Sequence[Sequence[str]]) -> tuple[str, ...]:

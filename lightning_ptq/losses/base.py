@@ -205,5 +205,6 @@ def _gradient_norm(value: Tensor, at: Tensor) -> Tensor:
     (gradient,) = torch.autograd.grad(value * factor, at, retain_graph=True)
     gradient = gradient.float()
     unit = binade(gradient.abs().max())
-    norm: Tensor = (gradient / unit).norm() * (unit / factor)
+    # In float64: float32 loses percents of a sum of so many squares.
+    norm: Tensor = torch.linalg.vector_norm(gradient / unit, dtype=torch.float64).float() * (unit / factor)
     return norm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import lightning_ptq as ptq
 from lightning_ptq import PTQError, QuantConfig
 from lightning_ptq.cli import main
 from lightning_ptq.export.onnx import load_onnx, nibbles
-from lightning_ptq.export.parity import Likeness, in_double
+from lightning_ptq.export.parity import Likeness, compare_outputs, in_double
 from tests.helpers import tiny_data, tiny_images, tiny_module, tiny_net, trainer
 
 onnx = pytest.importorskip("onnx")
@@ -230,6 +231,17 @@ def test_ties_are_told_from_errors(
     assert f"{plain[1]:.1f} dB without the runtime's optimisations" in report.text()
     assert f"in double precision: {double[1]:.1f} dB" in report.text()
     assert ("as simulated, but for ties" in report.text()) == passed
+
+
+def test_the_last_images_count_as_much_as_the_others(eight_bits: ptq.PTQModule) -> None:
+    """65 come in chunks of 64 and 1."""
+    images, student = tiny_images(65), eight_bits.student
+    with torch.no_grad():
+        right = torch.cat([student(x) for x in images.split(64)])
+    given = iter([right[:64], -right[64:]])
+    found = compare_outputs(student, lambda x: (next(given),), images)
+    expected = 10 * math.log10(float(right.square().sum() / (2 * right[64:]).square().sum()))
+    assert found.sqnr_db == pytest.approx(expected, abs=1e-3)
 
 
 def test_one_image_of_a_thousand_may_differ_and_one_of_fewer() -> None:
