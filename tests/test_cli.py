@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from lightning_ptq import DigitsData, PTQError
-from lightning_ptq.cli import main
+from lightning_ptq.cli import main, warning_line
 from lightning_ptq.models import resnet20
 
 ROOT = Path(__file__).parents[1]
@@ -338,19 +338,26 @@ def test_from_the_shell_an_error_is_one_line_and_exit_code_2(tmp_path: Path) -> 
     assert "Traceback" not in result.stderr
 
 
-def test_a_warning_looks_like_an_error_and_debug_says_where_it_comes_from(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "lightning_ptq", "plan", "--config", QUICKSTART, "--data.calibration_samples=2000",
-             f"--trainer.default_root_dir={tmp_path}"]  # fmt: skip
-
-    def warned(*more: str) -> str:
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        result = subprocess.run([*words, *more], env=environment, capture_output=True, text=True, timeout=120)
-        (line,) = [line for line in result.stderr.splitlines() if "2000" in line]
-        return line
-
-    said = "lightning-ptq: warning: data.calibration_samples=2000, but there are only 1000 calibration images."
-    assert warned().startswith(said)
-    assert re.search(r"silence this\. \(.*calibration_data\.py:\d+\)$", warned("--debug"))
+def test_a_warning_looks_like_an_error_and_debug_says_where_it_comes_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [
+        "plan",
+        "--config",
+        QUICKSTART,
+        "--data.calibration_samples=2000",
+        f"--trainer.default_root_dir={tmp_path}",
+    ]
+    result = subprocess.run(
+        [sys.executable, "-m", "lightning_ptq", *words],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    (line,) = [line for line in result.stderr.splitlines() if "2000" in line]
+    assert line.startswith("lightning-ptq: warning: data.calibration_samples=2000, but there are only 1000 calibration")
+    monkeypatch.setattr(sys, "argv", ["lightning-ptq", "--debug"])
+    assert warning_line(UserWarning("few\nimages"), UserWarning, "a.py", 3) == (
+        "lightning-ptq: warning: few images (a.py:3)\n"
+    )
 
 
 def test_the_installed_command_says_the_same(
