@@ -39,10 +39,11 @@ class UnitCheckpoint(ModelCheckpoint):
         self._saved = False
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Save where a signal ends the fit, and before a validation, any of whose images may be broken."""
+        """Save where a signal or `max_time` ends the fit, and before a validation, whose images may be broken."""
         every = trainer.check_val_every_n_epoch
-        validates = trainer.enable_validation and every is not None and (trainer.current_epoch + 1) % every == 0
-        if validates if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch else trainer.received_sigterm:
+        validates = trainer.enable_validation and (every is None or (trainer.current_epoch + 1) % every == 0)
+        stops = trainer.should_stop or trainer.received_sigterm
+        if validates if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch else stops:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

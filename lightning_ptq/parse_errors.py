@@ -21,7 +21,7 @@ def in_our_words(message: str, error: Exception | None, parser: argparse.Argumen
 
 # What jsonargparse calls a type, and what that is for who types it.
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "dict": "a mapping"}
-_KINDS |= {"Sequence": "a list", "list": "a list", "NoneType": "null"}
+_KINDS |= {"Sequence": "a list", "list": "a list", "tuple": "a list", "NoneType": "null"}
 
 
 def _wrong_value(message: str, parser: argparse.ArgumentParser) -> str | None:
@@ -32,10 +32,10 @@ def _wrong_value(message: str, parser: argparse.ArgumentParser) -> str | None:
     of_class = "Expected a path but" in message
     if not keys or value is None or of_class or value[1].startswith(("NestedArg(", "Namespace(")):
         return None
-    types = re.findall(r"Expected an? (.+?)(?:\. Got value: .*)?$", message[: value.end()], re.MULTILINE)
+    types = re.findall(r"Expected (?:an? )?(.+?)(?:\. Got value: .*)?$", message[: value.end()], re.MULTILINE)
     kinds = [_kind(name) for name in dict.fromkeys(types)]
-    if "null" in kinds:  # behind the others
-        kinds.sort(key="null".__eq__)
+    if "class_path" in value[1] or kinds == ["null"]:
+        return None
     name = ".".join(key.removeprefix("init_args.") for key in keys)
     action = next((action for action in parser._actions if action.dest == name), None)
     text = f"{name}={value[1]} is not {' or '.join(kinds)}."

@@ -85,6 +85,8 @@ class CommandParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs, add_help=False, formatter_class=_Formatter)
+        if not self.exit_on_error:  # of a class, whose own arguments may have these names: a logger's version
+            return
         self.add_argument("-h", "--help", action=_Help)
         self.add_argument("--debug", action=_Debug, help="show where an error comes from")
         self.add_argument("--version", action=_Version, help="print versions")

@@ -55,7 +55,7 @@ class Resuming(Taking):
         if self.trainer.state.fn == "fit" and self.trainer.state.status == TrainerStatus.RUNNING:
             self.stop_clock()
         epoch: Any = self.trainer.fit_loop.epoch_progress.current
-        if epoch.processed == epoch.ready and not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        if 0 < epoch.ready == epoch.processed and not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             stand_in_unit(checkpoint, self.trainer.accumulate_grad_batches)
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith(FROZEN)}

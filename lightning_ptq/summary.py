@@ -118,7 +118,7 @@ class RunSummary(Callback):
         lines = [table(summary)]
         if not summary["complete"]:
             lines.append(to_go_on(trainer, len(module.reports), told))
-        elif path := saved_checkpoint(trainer):
+        elif path := own_checkpoint(trainer):
             lines.append(f"checkpoint: {path}")
         print(*lines, f"summary: {folder / 'summary.json'}", sep="\n", flush=True)  # noqa: T201 (the result)
         report(trainer, module, folder, self.confusions if measured else {})
@@ -233,17 +233,18 @@ def method_title(summary: dict[str, Any]) -> str:
     return "nearest + corrected biases" if summary["corrected_biases"] else str(summary["method"])
 
 
-def saved_checkpoint(trainer: L.Trainer) -> Any:
-    """Path of the last checkpoint that this run left, or that it went on from; None without one."""
-    saved = (callback.last_model_path for callback in trainer.checkpoint_callbacks)  # type: ignore[attr-defined]
+def own_checkpoint(trainer: L.Trainer) -> str | None:
+    """Path of the `last.ckpt` that this fit left; None without one."""
+    callbacks = trainer.checkpoint_callbacks
+    saved = (getattr(callback, "last_model_path", "") for callback in callbacks)  # one on exceptions has none
     # Lightning names a file before it is written, which an interrupt may have prevented; one that lies elsewhere, such
     # as in a bucket, is not looked for.
-    return next((path for path in saved if path and ("://" in path or Path(path).exists())), trainer.ckpt_path)
+    return next((path for path in saved if path and ("://" in path or Path(path).exists())), None)
 
 
 def to_go_on(trainer: L.Trainer, done: int, told: bool) -> str:
     """Where a run that was stopped stands, and how to go on: by a limit of its own, or because it was `told` to end."""
-    path = saved_checkpoint(trainer)
+    path = own_checkpoint(trainer) or trainer.ckpt_path
     stands = f"not finished: {'1 unit is' if done == 1 else f'{done} units are'} done"
     if path is None:
         return f"{stands}, and there is no last.ckpt yet: begin again."
