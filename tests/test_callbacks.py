@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, RichProgressBar
 
 from lightning_ptq.callbacks import StepCheckpoint, UnitCheckpoint
 from lightning_ptq.summary import RunSummary, table, write_json
@@ -34,6 +34,25 @@ def test_long_units_get_checkpoints_in_their_middle(tmp_path: Path) -> None:
     (middle,) = [callback for callback in fit.callbacks if isinstance(callback, StepCheckpoint)]
     assert middle.save_last
     assert middle._every_n_train_steps == 1000
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
+def test_a_finished_fit_does_not_name_the_checkpoint_that_it_went_on_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer(tmp_path / "stopped", max_steps=9).fit(tiny_module(), datamodule=tiny_data())
+    last = tmp_path / "stopped" / "checkpoints" / "last.ckpt"
+    capsys.readouterr()
+    trainer(tmp_path / "on", enable_checkpointing=False).fit(tiny_module(), datamodule=tiny_data(), ckpt_path=last)
+    assert "checkpoint: " not in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*fit.ckpt_path=:UserWarning")  # of Lightning, with such a callback
+def test_a_checkpoint_callback_without_a_path_is_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer(tmp_path, callbacks=[OnExceptionCheckpoint(tmp_path)]).fit(tiny_module(), datamodule=tiny_data())
+    assert "summary: " in capsys.readouterr().out
 
 
 def test_the_table_shows_three_rows_and_what_was_rolled_back() -> None:

@@ -108,6 +108,12 @@ def test_all_has_every_option_and_no_endless_list_of_classes(parser: Any) -> Non
             "model.quant.weight_bits=four is not a whole number. Bits of the weights, 2 to 8.",
         ),
         (["fit", "--model.quant.average_bits=nan"], "average_bits=nan is not a number or null. Choose the bits that"),
+        (["fit", "--model.rounding_lr=a"], "model.rounding_lr=a is not a number or null. Learning rate of"),
+        (["fit", "--data=5"], "data: Expected a dot import path string: 5."),
+        (
+            ["fit", "--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping"],
+            "EarlyStopping: the following arguments are required: monitor",
+        ),
         (["fit", "--data=lightning_ptq.ImageFolderData"], "required: root. Give --data.root."),
         (
             ["fit", "--data=lightning_ptq.ImageFolderData", "--data.root=x", "--data.mean=[0.5]"],
@@ -143,6 +149,14 @@ def test_wrong_words_are_one_line_with_the_way_out(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("lightning-ptq: error: ")
     assert said in line
+
+
+@pytest.mark.parametrize("logger", ["CSVLogger", "TensorBoardLogger"])
+def test_a_logger_may_have_a_version(parser: Any, logger: str) -> None:
+    """An option of the command line has that name too."""
+    given = ["--trainer.logger", f"lightning.pytorch.loggers.{logger}", "--trainer.logger.save_dir", "runs"]
+    found = parser.parse_args(["plan", "--data", "lightning_ptq.DigitsData", *given, "--trainer.logger.version", "7"])
+    assert found.plan.trainer.logger.init_args.version == 7
 
 
 def test_a_wrong_key_of_a_config_is_treated_alike(

@@ -151,6 +151,30 @@ def test_resume_goes_on_in_the_middle_of_the_unit_that_a_limit_stopped(
         assert resumed.global_step == len(module.epoch_names) * 6 // accumulated
 
 
+def test_a_checkpoint_from_before_the_first_step_goes_on(tmp_path: Path) -> None:
+    class Early(Callback):
+        def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "early.ckpt")
+
+    whole, resumed = tiny_module(), tiny_module()
+    trainer(tmp_path / "whole", callbacks=[Early()]).fit(whole, datamodule=tiny_data())
+    assert torch.load(tmp_path / "early.ckpt", weights_only=True)["epoch"] == 0
+    trainer(tmp_path / "resumed").fit(resumed, datamodule=tiny_data(), ckpt_path=tmp_path / "early.ckpt")
+    assert_equal_states(quantization_state(resumed), quantization_state(whole))
+
+
+@pytest.mark.parametrize(("step", "every"), [(27, 5), (9, 2), (12, None)])
+def test_steps_are_saved_before_a_validation_that_fails(tmp_path: Path, step: int, every: int | None) -> None:
+    """Lightning validates where `max_time` stops the fit, and at a unit's end where it counts batches."""
+    limits = {"check_val_every_n_epoch": every} | ({"val_check_interval": 12} if every is None else {})
+    fails = Crash("on_validation_batch_start", (step - 1) // 6)
+    with pytest.raises(OSError, match="gone"):
+        trainer(tmp_path, callbacks=[fails, *([Stop(step)] if every else [])], **limits).fit(
+            tiny_module(), datamodule=tiny_data()
+        )
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == step
+
+
 @pytest.mark.parametrize("steps", [6, 12, 24, 25, 26])
 def test_resume_with_max_steps_at_the_end_of_a_unit(tmp_path: Path, steps: int) -> None:
     """A job that runs slice by slice: units of 6 steps, a last epoch of 3."""
