@@ -145,24 +145,29 @@ def without_prefix(model: nn.Module, state: Any, path: str) -> Any:
     Raises:
         PTQError: several parts are the model's, such as an average of weights beside the weights, and differ.
     """
+    if not isinstance(state, dict):
+        return state
     own = model.state_dict().keys()
     first = next(iter(own), "")
-    wrapped = [str(key) for key in state if str(key).endswith(f".{first}")] if isinstance(state, dict) else []
-    found: dict[str, dict[str, Any]] = {}
-    for prefix in (key.removesuffix(first) for key in wrapped):
+    found = {"": {key: state[key] for key in own}} if own <= state.keys() else {}
+    for prefix in (str(key).removesuffix(first) for key in state if str(key).endswith(f".{first}")):
         part = {str(key).removeprefix(prefix): value for key, value in state.items() if str(key).startswith(prefix)}
-        if part.keys() == own and not any(_are_equal(part, other) for other in found.values()):
+        if part.keys() == own:
             found[prefix] = part
-    if len(found) > 1:
+    if not found.keys() - {""}:
+        return state  # bare, or of another model: loading says what is too much
+    one, *others = found.values()
+    if not all(_are_equal(one, other) for other in others):
         raise PTQError(
             f"weights={path!r} holds weights of {type(model).__name__} below {' and '.join(map(repr, found))}, and "
             "they differ. Save the state dict of the one that is to be quantized."
         )
-    return next(iter(found.values()), state)
+    return one
 
 
 def _are_equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return all(isinstance(x := one[key], Tensor) and torch.equal(x, other[key]) for key in one)
+    pairs = ((one[key], other[key]) for key in one)
+    return all(isinstance(x, Tensor) and isinstance(y, Tensor) and torch.equal(x, y) for x, y in pairs)
 
 
 def load_state(model: nn.Module, state: Any, path: str) -> None:

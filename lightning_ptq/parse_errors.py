@@ -24,17 +24,20 @@ _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false",
 _KINDS |= {"Sequence": "a list", "list": "a list", "tuple": "a list", "NoneType": "null"}
 
 
+# What jsonargparse shows of a class's options that it could not take.
+_OF_CLASS = r"NestedArg\(|Namespace\(|class_path"
+
+
 def _wrong_value(message: str, parser: argparse.ArgumentParser) -> str | None:
     """Which option has which value, and what it takes; None if the message is not of a value of another type."""
     keys = re.findall(r'Parser key "([\w.]+)":', message)
     # The innermost comes first. A class that is not there, or that could not be made of its options, is no value.
     value = re.search(r"(?:Got|Given) value: (.*)", message)
-    of_class = "Expected a path but" in message
-    if not keys or value is None or of_class or value[1].startswith(("NestedArg(", "Namespace(")):
+    if not keys or value is None or "Expected a path but" in message or re.search(_OF_CLASS, value[1]):
         return None
     types = re.findall(r"Expected (?:an? )?(.+?)(?:\. Got value: .*)?$", message[: value.end()], re.MULTILINE)
     kinds = [_kind(name) for name in dict.fromkeys(types)]
-    if "class_path" in value[1] or kinds == ["null"]:
+    if kinds == ["null"]:
         return None
     name = ".".join(key.removeprefix("init_args.") for key in keys)
     action = next((action for action in parser._actions if action.dest == name), None)

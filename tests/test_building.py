@@ -103,10 +103,15 @@ def test_one_of_two_sets_of_weights_is_not_chosen_for_the_user(tmp_path: Path) -
     save(other)
     with pytest.raises(PTQError, match=r"holds weights of TinyNet below 'net\.' and 'ema\.', and they differ"):
         load_weights(TinyNet(), str(path))
-    save(trained)
-    model = TinyNet()
-    load_weights(model, str(path))
-    assert_equal_states(model.state_dict(), trained)
+    torch.save({**trained, **{f"ema.{key}": value for key, value in other.items()}}, path)
+    with pytest.raises(PTQError, match=r"below '' and 'ema\.', and they differ"):
+        load_weights(TinyNet(), str(path))
+    save(trained)  # the same twice is no choice
+    for extra in ({}, trained):
+        torch.save({**torch.load(path, weights_only=True), **extra}, path)
+        model = TinyNet()
+        load_weights(model, str(path))
+        assert_equal_states(model.state_dict(), trained)
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model"])

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from copy import deepcopy
 from itertools import chain
+from types import FunctionType, MethodType
 
 import torch
 from torch import fx, nn
@@ -26,8 +27,8 @@ def plain(model: nn.Module) -> nn.Module:
     """The network that `model` holds, in eval mode; `model` itself where there is nothing to take off it.
 
     What torch.compile, DataParallel or DDP wraps is taken out. Where weights are computed anew in each pass (weight and
-    spectral norm, pruning, parametrizations), hooks would be lost, or the instance has a forward of its own, it is a
-    copy: with the weights as they are, with that forward, and without the hooks, of which a warning tells.
+    spectral norm, pruning, parametrizations), or hooks would be lost, it is a copy: with the weights as they are, and
+    without the hooks, of which a warning tells.
 
     Raises:
         PTQError: TorchScript, no forward or one that no graph would have, something in training mode, a weight without
@@ -47,7 +48,7 @@ def plain(model: nn.Module) -> nn.Module:
         )
     wrapped = any(unwrapped(child) is not child for module in model.modules() for child in module.children())
     computed = any(old_hooks(module) or parametrize.is_parametrized(module) for module in model.modules())
-    return simplified(model) if wrapped or hooked or computed or "forward" in vars(model) else model
+    return simplified(model) if wrapped or hooked or computed else model
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -67,9 +68,7 @@ def check_code(model: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             which = f"module {name!r}" if name else "the model"
             raise PTQError(f"{which} is TorchScript, whose code can't be taken apart. Give the Python model it is of.")
-        own = vars(module).get("forward")
-        lost = _is_whole(name, module) and unwrapped(module) is module
-        if own is not None and lost and (name or getattr(own, "__self__", None) is not module):
+        if unwrapped(module) is module and _loses_forward(name, module):
             which = f"module {name!r} ({type(module).__name__})" if name else type(model).__name__
             raise PTQError(
                 f"{which} has a forward that was set on it from outside, without which the quantized network would "
@@ -82,6 +81,19 @@ def check_code(model: nn.Module) -> None:
         raise PTQError(
             f"{type(model).__name__} has no forward. Give the network in it: it holds {inside or 'nothing'}."
         )
+
+
+def _loses_forward(name: str, module: nn.Module) -> bool:
+    """Whether a graph would be without the forward that was set on `module`, or would have it of the network given."""
+    own = vars(module).get("forward")
+    if own is None:
+        return False
+    code = getattr(own, "__func__", own)
+    held = [cell.cell_contents for cell in getattr(code, "__closure__", None) or ()]
+    if isinstance(module, fx.GraphModule) or any(isinstance(getattr(x, "__self__", x), nn.Module) for x in held):
+        return True  # copies have the class's forward, or run the layers that it holds
+    is_method = isinstance(own, MethodType) and own.__self__ is module and isinstance(code, FunctionType)
+    return _is_whole(name, module) and (bool(name) or not is_method)
 
 
 def check_state(model: nn.Module) -> None:
@@ -171,8 +183,6 @@ def simplified(model: nn.Module) -> nn.Module:
     for _, module in unreached_hooks(copied):
         module._forward_pre_hooks.clear()
         module._forward_hooks.clear()
-    if own := vars(copied).pop("forward", None):  # a method of the copy, as `check_code` has seen to
-        copied.__class__ = type(type(copied).__name__, (type(copied),), {"forward": own.__func__})
     return copied
 
 

@@ -109,6 +109,8 @@ def trace(model: nn.Module, leaf_modules: Sequence[str] = (), is_part: bool = Fa
     check_leaf_modules(model, leaf_modules)
     tracer = ModuleTracer(leaf_modules)
     root = deepcopy(model).requires_grad_(False)
+    if own := vars(root).pop("forward", None):  # a method, as `given` has seen to; fx takes the class's
+        root.__class__ = type(type(root).__name__, (type(root),), {"forward": own.__func__})
     try:
         graph = tracer.trace(root)
     except PTQError:

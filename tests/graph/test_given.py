@@ -5,7 +5,7 @@ from types import MethodType
 import lightning as L
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import Dim
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
@@ -133,7 +133,7 @@ def test_a_method_that_was_put_in_the_place_of_forward_is_what_is_quantized():
     torch.testing.assert_close(pair.teacher(x), tiny_net()(x) / 2)
     assert [layer.name for layer in pair.layers] == LAYERS
     assert type(net) is TinyNet
-    assert "forward" in vars(net)
+    assert plain(net) is net
 
 
 def test_a_forward_of_a_block_takes_part():
@@ -151,6 +151,22 @@ def test_a_forward_that_would_be_lost_is_refused():
     net = tiny_net()
     change(net)
     with pytest.raises(PTQError, match=r"TinyNet has a forward that was set on it from outside.*Write it into a class"):
+        plain(net)
+    net = fx.symbolic_trace(tiny_net()).eval()
+    net.forward = MethodType(halved, net)  # which its copies are without
+    with pytest.raises(PTQError, match=r"has a forward that was set on it from outside"):
+        plain(net)
+    net, layers = tiny_net(), tiny_net()
+    net.forward = MethodType(lambda net, x: layers(x), net)
+    with pytest.raises(PTQError, match="TinyNet has a forward that was set on it from outside"):
+        plain(net)
+    net = tiny_net()
+    change(net.blocks[0])
+    with pytest.raises(PTQError, match=r"module 'blocks\.0' \(Block\) has a forward"):
+        plain(net)
+    net = tiny_net()
+    net.fc.forward = MethodType(nn.Linear.forward, net.fc)
+    with pytest.raises(PTQError, match=r"module 'fc' \(Linear\) has a forward"):
         plain(net)
     net = tiny_net()
     change(net.fc)
