@@ -1,4 +1,4 @@
-"""The one exception that this library raises for input it cannot use."""
+"""The one exception that this library raises for input it cannot use, and those that are no input's fault."""
 
 import torch
 
