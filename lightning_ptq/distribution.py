@@ -44,16 +44,25 @@ def correct_distribution(
     known = [(m, (s[0].to(device), s[1].to(device))) for m, s in layers if s is not None]
     if not known:
         return x
+    deviation = _deviation(x).clamp(min=1e-8).to(device)
     result, start = like(x), 0
     for some in chunks(x, _BATCH):
-        result[start : start + len(some)] = _corrected(unit, widened(some.to(device)), known, steps)
+        result[start : start + len(some)] = _corrected(unit, widened(some.to(device)), deviation, known, steps)
         start += len(some)
     return result
 
 
+def _deviation(x: Tensor) -> Tensor:
+    """Standard deviation of all of `x` (N, ...), whose parts pass one by one."""
+    moments = [torch.stack([some.double().sum(), some.double().square().sum()]) for some in chunks(x)]
+    mean, square = (torch.stack(moments).sum(0) / x.numel()).cpu().unbind()
+    return (square - mean.square()).clamp(min=0.0).sqrt().float()
+
+
 @torch.enable_grad()
-def _corrected(unit: nn.Module, x: Tensor, layers: list[tuple[nn.Module, Statistics]], steps: int) -> Tensor:
-    deviation = x.std().clamp(min=1e-8)
+def _corrected(
+    unit: nn.Module, x: Tensor, deviation: Tensor, layers: list[tuple[nn.Module, Statistics]], steps: int
+) -> Tensor:
     moved = x.clone().requires_grad_(True)
     adam = torch.optim.Adam([moved], lr=float(deviation) * _REACH / steps)
     distances: list[Tensor] = []

@@ -19,6 +19,7 @@ from lightning_ptq.config import NormScaling, QuantConfig
 from lightning_ptq.graph.norms import ChannelGroup
 from lightning_ptq.graph.units import Chain
 from lightning_ptq.quantizers import ActQuantizer
+from lightning_ptq.store import chunks
 
 # SmoothQuant's alpha: how much of the difference between channels goes to the weights.
 MIGRATION = 0.5
@@ -59,8 +60,11 @@ def equalize(
     ends: dict[ActQuantizer, list[Tensor]] = {quantizer: [] for quantizer in quantizers}
     watchers = {q: partial(_note, ends[q], dim) for q, dim in zip(quantizers, dims, strict=True)}
     watch(student, watchers, images, device)
+    # A batch counts by its images: a short last one has smaller ranges, which must not weigh like the others'.
+    shares = torch.tensor([len(some) / len(images) for some in chunks(images)], device=device)
     for group, quantizer in zip(groups, quantizers, strict=True):
-        low, high = torch.stack(list(gather(torch.stack(ends[quantizer]).mean(0)))).mean(0)  # (C,)
+        mean = (torch.stack(ends[quantizer]) * shares.view(-1, 1, 1)).sum(0)
+        low, high = torch.stack(list(gather(mean))).mean(0)  # (C,)
         source, layers = student.find(group.source), [student.find(name) for name in group.layers]
         weights = torch.stack([largest_by_input(layer) for layer in layers]).amax(0)  # (C,)
         if isinstance(source, nn.LayerNorm):

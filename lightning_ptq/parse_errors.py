@@ -15,7 +15,12 @@ from lightning_ptq.help import COMMANDS, PROGRAM
 
 def in_our_words(message: str, error: Exception | None, parser: argparse.ArgumentParser, path: str) -> str:
     """One line for what jsonargparse says in several; `path` is the config that is read, if one is."""
-    known = _missing(message, parser) or _no_settings(message, error, path) or _wrong_value(message, parser)
+    known = (
+        _missing(message, parser)
+        or _no_settings(message, error, path)
+        or _no_group(message, parser)
+        or _wrong_value(message, parser)
+    )
     return known or f"{_one_line(message)}{_suggestion(message, parser)}"
 
 
@@ -107,10 +112,27 @@ def _no_settings(message: str, error: Exception | None, path: str) -> str | None
         return f"config={path!r} holds no settings. Give a YAML file of names and values."
     cause: Any = error.__cause__ if error is not None else None
     mark = getattr(cause, "problem_mark", None)
+    if isinstance(error, UnicodeDecodeError):
+        return f"config={path!r} is not text in UTF-8 ({error.reason} at byte {error.start}). Save it as that."
     if mark is None:
         return None
     within = f" ({cause.context})" if cause.context else ""
     return f"config={path!r}, line {mark.line + 1}: {cause.problem}{within}. Mend the YAML there."
+
+
+def _no_group(message: str, parser: argparse.ArgumentParser) -> str | None:
+    """That a name has several settings, or is set by others, and which; None if the message is not of that."""
+    if linked := re.search(r"argument _?\w+\((\w+)\) --> ([\w.]+):", message):
+        return f"{linked[2]} follows from --{linked[1]}. Leave it out."
+    found = re.search(r'Parser key "([\w.]+)":\s+Unable to load config "(.*?)"', message)
+    if found is None:
+        return None
+    names = [name for action in parser._actions for name in action.option_strings if name.startswith(f"--{found[1]}.")]
+    own = [name for name in names if not name.endswith(".help")]
+    return (
+        f"{found[1]}={found[2]} is neither a setting nor a YAML file that is there: {found[1]} has several settings, "
+        f"like {own[0]}. {PROGRAM} {parser.prog.split()[-1]} --help {found[1]}. lists them."
+    )
 
 
 def _suggestion(message: str, parser: argparse.ArgumentParser) -> str:
@@ -134,6 +156,8 @@ def _suggestion(message: str, parser: argparse.ArgumentParser) -> str:
             return ""
         names: Iterable[str] = inspect.signature(getattr(module, name)).parameters if wrong[1] else dir(module)
         found = nearest(wrong[1] or wrong[2], [name for name in names if not name.startswith("_")])
+        if wrong[1] and f"--model.{wrong[1]}" in options:  # the same setting, of the other half
+            found = " or ".join(filter(None, (f"--model.{wrong[1]}", found)))
         key = re.search(r'Parser key "([\w.]+)"', message)
         if found or not wrong[1] or not key:
             return f" Did you mean {found}?" if found else ""

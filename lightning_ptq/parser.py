@@ -128,7 +128,10 @@ class CommandParser(LightningArgumentParser):
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As jsonargparse, whose errors do not name the file."""
         self.path = str(cfg_path)
-        return super().parse_path(cfg_path, *args, **kwargs)
+        try:
+            return super().parse_path(cfg_path, *args, **kwargs)
+        except UnicodeDecodeError as error:
+            self.error(str(error), error)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """One line and exit code 2; with --debug behind a traceback."""

@@ -85,6 +85,17 @@ def test_ranges_become_equal() -> None:
     assert float(middle.abs().max()) < 1e-6 * float(width.mean())
 
 
+def test_a_last_batch_of_one_image_hardly_moves_a_range() -> None:
+    x = torch.randn(65, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x[64] = 0.0
+    weights = []
+    for some in (x, x[:64]):
+        pair = build_chain(net(), QuantConfig(), "block")
+        equalize(pair.student, some, QuantConfig(norms="smooth"), CPU, alone)
+        weights.append(pair.student.find("norm1").state_dict()["weight"])
+    torch.testing.assert_close(*weights, rtol=0.01, atol=0)
+
+
 def test_none_leaves_everything_as_it_is() -> None:
     pair = build_chain(net(), QuantConfig(), "block")
     before = {name: value.clone() for name, value in pair.student.state_dict().items()}

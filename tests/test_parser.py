@@ -109,6 +109,17 @@ def test_all_has_every_option_and_no_endless_list_of_classes(parser: Any) -> Non
         ),
         (["fit", "--model.quant.average_bits=nan"], "average_bits=nan is not a number or null. Choose the bits that"),
         (["fit", "--model.rounding_lr=a"], "model.rounding_lr=a is not a number or null. Learning rate of"),
+        (
+            ["fit", "--model.quant=5"],
+            "model.quant=5 is neither a setting nor a YAML file that is there: model.quant has",
+        ),
+        (["fit", "--model=5"], "like --model.model. lightning-ptq fit --help model. lists them."),
+        (["fit", "--model.image_shape=3"], "model.image_shape follows from --data. Leave it out."),
+        (["fit", "--model.critic.loss=a"], "is not one of 'infonce', 'nce', 'dcl', 'debiased'. What is minimised."),
+        (
+            ["fit", "--data=lightning_ptq.DigitsData", "--data.batch_size=8"],
+            "Did you mean --model.batch_size or val_batch_size?",
+        ),
         (["fit", "--data=5"], "data: Expected a dot import path string: 5."),
         (
             ["fit", "--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping"],
@@ -171,16 +182,17 @@ def test_a_wrong_key_of_a_config_is_treated_alike(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("model:\n  quant:\n    act_bits: 4\n   method: qdrop\n", ", line 4: "),
-        ("model: [\n", ", line 2: "),
-        ("words\n", " holds no settings. Give a YAML file"),
-        ("", " holds no settings. Give a YAML file"),
+        (b"model:\n  quant:\n    act_bits: 4\n   method: qdrop\n", ", line 4: "),
+        (b"model: [\n", ", line 2: "),
+        (b"words\n", " holds no settings. Give a YAML file"),
+        (b"", " holds no settings. Give a YAML file"),
+        ("model:\n".encode("utf-16"), " is not text in UTF-8 (invalid start byte at byte 0). Save it as that."),
     ],
 )
 def test_a_config_that_is_no_yaml_is_named_with_the_line(
-    parser: Any, tmp_path: Path, text: str, said: str, capsys: pytest.CaptureFixture[str]
+    parser: Any, tmp_path: Path, text: bytes, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "config.yaml").write_text(text)
+    (tmp_path / "config.yaml").write_bytes(text)
     with pytest.raises(SystemExit):
         parser.parse_args(["fit", f"--config={tmp_path / 'config.yaml'}"])
     (line,) = capsys.readouterr().err.splitlines()

@@ -42,9 +42,10 @@ class ContrastiveConfig:
     """How the contrastive term is computed.
 
     Args:
-        loss: "infonce" (MI >= log N - loss); "nce" (binary, the reading of the third-party reimplementation); "dcl"
-            (infonce whose positive is not among what it is compared with, so that its gradient stays when it is close);
-            "debiased" (infonce that takes a share `prior` of the negatives for hidden positives).
+        loss: what is minimised. "infonce" (MI >= log N - loss); "nce" (binary, the reading of the third-party
+            reimplementation); "dcl" (infonce whose positive is not among what it is compared with, so that its gradient
+            stays when it is close); "debiased" (infonce that takes a share `prior` of the negatives for hidden
+            positives).
         feature: what is compared: "tail" (the paper: what the frozen rest of the teacher makes of the activation),
             "tail-features" (the same up to the last unit's input), "output" (the activation itself), all three averaged
             over positions, "projection" (a fixed random projection of it) or "positions" (the activation at one
