@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ptq import CalibrationDataModule, PTQError, PTQModule
+from lightning_ptq.calibration import observe
+from lightning_ptq.memory import unit_shapes
+from lightning_ptq.surroundings import Surroundings
 from tests.helpers import tiny_images, tiny_module, tiny_net, trainer
 
 
@@ -50,6 +54,7 @@ def test_only_labels_that_say_something_count(tmp_path: Path, form: str, top1: f
         ((255 * torch.rand(4, 3, 8, 8)).byte(), "validation images are uint8; the network reads floats"),
         (torch.rand(4, 1, 8, 8), r"can't take validation images of shape \(4, 1, 8, 8\): .*channels"),
         (torch.rand(4, 8, 8), r"can't take validation images of shape \(4, 8, 8\)"),
+        (torch.rand(3, 8, 8), r"can't take validation images of shape \(3, 8, 8\)"),
         ([{"name": "a"}], r"a validation batch begins with a list"),
     ],
 )
@@ -81,7 +86,10 @@ def test_fewer_classes_are_told_in_a_test_too(tmp_path: Path) -> None:
         trainer(tmp_path / "test").test(module, DataLoader(dataset, batch_size=8), verbose=False)
 
 
-@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, torch.AcceleratorError])
+DEVICE_FAULTS = pytest.mark.parametrize("kind", [torch.OutOfMemoryError, torch.AcceleratorError])
+
+
+@DEVICE_FAULTS
 def test_what_a_device_says_is_not_said_of_images(
     kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +102,24 @@ def test_what_a_device_says_is_not_said_of_images(
     monkeypatch.setattr(module.teacher, "forward", fail)
     with pytest.raises(kind, match="the device has a fault"):
         trainer(tmp_path / "test").validate(module, DataLoader(tiny_images(4), 4), verbose=False)
+
+
+@DEVICE_FAULTS
+def test_nor_of_calibration_images(kind: type[Exception]) -> None:
+    def fail(*_: object) -> None:
+        raise kind("the device has a fault")
+
+    chain = tiny_module().student
+    chain.units[1].register_forward_pre_hook(fail)
+    around = Surroundings(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), "1")
+    around.model[0].register_forward_pre_hook(fail)
+    for run in (
+        lambda: observe(chain, tiny_images(4), torch.device("cpu"), lambda x: [x]),
+        lambda: unit_shapes(chain, (3, 8, 8)),
+        lambda: around.inputs(tiny_images(4)),
+    ):
+        with pytest.raises(kind, match="the device has a fault"):
+            run()
 
 
 def test_labels_of_text_are_not_passed_over_in_silence(tmp_path: Path) -> None:

@@ -322,11 +322,14 @@ class Once(Callback):
         setattr(self, where, at)
 
 
-def test_a_signal_between_two_batches_of_one_step_waits_for_the_step(tmp_path: Path) -> None:
-    first, four = Once("on_train_batch_end", terminate), {"accumulate_grad_batches": 4}
+@pytest.mark.parametrize(("accumulated", "step"), [(2, 4), (4, 3)])
+def test_a_signal_between_two_batches_of_one_step_waits_for_the_step(
+    tmp_path: Path, accumulated: int, step: int
+) -> None:
+    first, four = Once("on_train_batch_end", terminate), {"accumulate_grad_batches": accumulated}
     with pytest.raises(SystemExit):
         trainer(tmp_path / "run", callbacks=[first], **four).fit(tiny_module(), datamodule=tiny_data())
-    assert saved(tmp_path / "run")["global_step"] == 3, "two of the first unit, one of the second"
+    assert saved(tmp_path / "run")["global_step"] == step, "one of the second unit"
     last, whole, resumed = tmp_path / "run" / "checkpoints" / "last.ckpt", tiny_module(), tiny_module()
     trainer(tmp_path / "whole", **four).fit(whole, datamodule=tiny_data())
     trainer(tmp_path / "run", **four).fit(resumed, datamodule=tiny_data(), ckpt_path=last)

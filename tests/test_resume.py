@@ -136,7 +136,7 @@ def test_resume_goes_on_in_the_middle_of_the_unit_that_a_limit_stopped(
         done.fit(module, datamodule=tiny_data(), ckpt_path=ckpt_path)
         return done, module
 
-    _, whole = run("whole")
+    unlimited, whole = run("whole")
     step = 9 // accumulated
     limit = {} if by_time else {"max_steps": step}
     stop = [Stop(step)] if by_time else []
@@ -149,6 +149,9 @@ def test_resume_goes_on_in_the_middle_of_the_unit_that_a_limit_stopped(
         resumed, module = run(f"resumed-{path.stem}", path)
         assert_equal_states(quantization_state(module), quantization_state(whole))
         assert resumed.global_step == len(module.epoch_names) * 6 // accumulated
+        assert torch.load(path, weights_only=True)["epoch"] == 1
+        loops = [t.fit_loop.epoch_loop for t in (resumed, unlimited)]
+        assert loops[0]._batches_that_stepped == loops[1]._batches_that_stepped, "what loggers count"
 
 
 def test_a_checkpoint_from_before_the_first_step_goes_on(tmp_path: Path) -> None:
