@@ -1,34 +1,28 @@
 """Post-training quantization of vision networks as a LightningModule."""
 
-from lightning_ptq.augment import Augmentation
-from lightning_ptq.config import QuantConfig
-from lightning_ptq.datamodule import CalibrationDataModule, CIFAR10Data, DigitsData, ImageFolderData
-from lightning_ptq.errors import PTQError
-from lightning_ptq.export import ParityReport, export_onnx, export_pt2, load_packed, lower_pt2, save_packed
-from lightning_ptq.fingerprint import VERSION
-from lightning_ptq.losses import ContrastiveConfig, Term, UnitBatch
-from lightning_ptq.methods import Method
-from lightning_ptq.module import PTQModule
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-__version__ = VERSION
+if TYPE_CHECKING:
+    from lightning_ptq.public import *  # noqa: F403 (what type checkers see)
 
-__all__ = [
-    "Augmentation",
-    "CIFAR10Data",
-    "CalibrationDataModule",
-    "ContrastiveConfig",
-    "DigitsData",
-    "ImageFolderData",
-    "Method",
-    "PTQError",
-    "PTQModule",
-    "ParityReport",
-    "QuantConfig",
-    "Term",
-    "UnitBatch",
-    "export_onnx",
-    "export_pt2",
-    "load_packed",
-    "lower_pt2",
-    "save_packed",
-]
+    __version__: str
+
+
+def __getattr__(name: str) -> Any:
+    """Names come with the first that is asked for: torch and Lightning take seconds, and `--help` needs neither."""
+    if name not in ("__all__", "__version__"):
+        if name.startswith("__"):  # what Python and its tools look for
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if find_spec(f"{__name__}.{name}"):
+            return import_module(f"{__name__}.{name}")
+    public = import_module(f"{__name__}.public")
+    globals().update({each: getattr(public, each) for each in (*public.__all__, "__all__", "__version__")})
+    if name not in globals():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 import torch
 from jsonargparse import capture_parser
 
+import lightning_ptq
 from lightning_ptq import PTQError
+from lightning_ptq.__main__ import main as from_the_shell
 from lightning_ptq.cli import main
-from lightning_ptq.help import COMMANDS, COMMON
+from lightning_ptq.help import COMMANDS, COMMON, program_help
 from lightning_ptq.parse_errors import nearest
 from lightning_ptq.parser import CommandParser
 from tests.helpers import tiny_images, tiny_module
@@ -68,6 +71,37 @@ def test_the_example_parses(parser: Any, command: str, monkeypatch: pytest.Monke
     monkeypatch.chdir(ROOT)
     words = shlex.split(COMMANDS[command][1].replace("RUN/config.yaml", "configs/quickstart.yaml"))
     assert parser.parse_args(words).subcommand == command
+
+
+def test_the_overview_comes_before_torch() -> None:
+    code = "import sys; from lightning_ptq.__main__ import main; main(); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout == program_help()
+
+
+def test_ctrl_c_while_modules_are_imported_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pressed(MetaPathFinder):
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "lightning_ptq.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "lightning_ptq.cli")
+    monkeypatch.setattr(sys, "meta_path", [Pressed(), *sys.meta_path])
+    monkeypatch.setattr(sys, "argv", ["lightning-ptq", "fit"])
+    with pytest.raises(SystemExit) as exit_:
+        from_the_shell()
+    assert exit_.value.code == 130
+
+
+@pytest.mark.parametrize("name", ["PTQModule", "graph", "__version__", "__all__"])
+def test_names_come_when_they_are_asked_for(name: str) -> None:
+    code = f"import sys, lightning_ptq as p; assert 'torch' not in sys.modules; p.{name}; assert '{name}' in dir(p)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_name_that_is_not_there_is_no_attribute() -> None:
+    with pytest.raises(AttributeError, match="module 'lightning_ptq' has no attribute 'PTQModul'"):
+        lightning_ptq.PTQModul  # noqa: B018
 
 
 def test_a_word_finds_the_options_with_it_in_their_names(parser: Any) -> None:
