@@ -23,7 +23,7 @@ from lightning_ptq.checks import check_run_folder, run_folder
 from lightning_ptq.commands import Trainer, build_module, report, report_parser
 from lightning_ptq.datamodule import CalibrationDataModule
 from lightning_ptq.errors import PTQError
-from lightning_ptq.failures import exit_code, explained
+from lightning_ptq.failures import TOLD, exit_code, explained
 from lightning_ptq.files import write_whole
 from lightning_ptq.help import PROGRAM, USAGE
 from lightning_ptq.interruptions import LAUNCHER
@@ -180,6 +180,12 @@ def warning_line(
     return f"{PROGRAM}: warning: {text}{f' ({filename}:{lineno})' if '--debug' in sys.argv else ''}\n"
 
 
+def leave_processes() -> None:
+    """End what runs between processes: its threads, met by Python's end, abort it, and the launcher kills the rest."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def main(args: ArgsType = None) -> None:
     """Entry point of `lightning-ptq` and `python -m lightning_ptq`; `args` stand in for the command line in tests."""
     before, warnings.formatwarning = warnings.formatwarning, warning_line
@@ -218,9 +224,14 @@ def main(args: ArgsType = None) -> None:
             args=args,
         )
         sys.stdout.flush()  # here, where it can be said that nobody reads
+        if args is None:
+            leave_processes()
     except BaseException as error:
         if args is None:
-            sys.exit(exit_code(error))
+            code = exit_code(error)
+            if code in TOLD:
+                leave_processes()
+            sys.exit(code)
         told = explained(error)
         if told is None:
             raise

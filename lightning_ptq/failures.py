@@ -8,7 +8,7 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
-from signal import SIGINT
+from signal import SIGINT, SIGTERM
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -18,6 +18,8 @@ from lightning_ptq.interruptions import lost_process
 
 WRONG_INPUT, UNFORESEEN = 2, 3
 INTERRUPTED = 128 + SIGINT
+# Codes of processes that were told to end, all of them at the same step.
+TOLD = (INTERRUPTED, 128 + SIGTERM)
 # What a shell reports for a process that SIGPIPE ended; some systems have no such signal.
 NO_READER = 128 + 13
 

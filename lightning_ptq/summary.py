@@ -77,7 +77,6 @@ class RunSummary(Callback):
         told |= isinstance(exception, KeyboardInterrupt) and trainer.world_size == 1
         if told and trainer.state.fn == TrainerFn.FITTING and pl_module.session.image_digest is not None:  # type: ignore[union-attr]
             self._leave(trainer, pl_module, told=True)  # type: ignore[arg-type]
-            trainer.strategy.barrier()  # the launcher ends the others with the first process
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate a network that was killed in its validation: resumed, Lightning takes the last epoch for done."""
@@ -103,8 +102,11 @@ class RunSummary(Callback):
         device = trainer.strategy.root_device
         unread = torch.tensor(trainer.datamodule.unread_images, device=device)  # type: ignore[attr-defined]
         skipped = trainer.strategy.reduce(unread, reduce_op="sum").tolist()
-        if not trainer.is_global_zero:
-            return
+        if trainer.is_global_zero:
+            self._write(trainer, module, folder, skipped, told)
+        trainer.strategy.barrier()  # the launcher ends the first process with the others, and these with it
+
+    def _write(self, trainer: L.Trainer, module: PTQModule, folder: Path, skipped: list[int], told: bool) -> None:
         module.stop_clock()
         # What was measured before the last epoch says nothing about the network as it is now.
         measured = self.epoch == trainer.current_epoch - 1

@@ -469,3 +469,13 @@ def test_report_draws_a_run_again_and_two_side_by_side(
     assert "2 runs side by side" in (tmp_path / "one.html").read_text()
     with pytest.raises(PTQError, match=r"holds no run: there is no summary.json in it"):
         main(["report", str(tmp_path)])
+
+
+def test_what_runs_between_processes_is_ended_before_python_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its threads abort a Python that ends, and the launcher then kills the first process, whatever it does."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    monkeypatch.setattr(sys, "argv", ["lightning-ptq", "plan", "--config=configs/quickstart.yaml"])
+    monkeypatch.chdir(Path(__file__).parents[1])
+    main()
+    assert not torch.distributed.is_initialized()
