@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -138,7 +139,7 @@ class Histogram:
             used = self.counts > 0
             # Bins at the ends are wider than the data in them.
             values = self.centers()[used].clamp(self.low, self.high)
-            scale, zero_point = search_mse(values[None], self.counts[used][None], bits, symmetric)
+            scale, zero_point = search_mse(values[None], self.counts[used][None], bits, symmetric, skewed=True)
         else:
             scale, zero_point = qparams(low, high, bits, symmetric)
         return scale[0], zero_point[0]
@@ -171,7 +172,9 @@ def weight_qparams(
     return qparams(low, high, bits, symmetric)
 
 
-def search_mse(values: Tensor, counts: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+def search_mse(
+    values: Tensor, counts: Tensor, bits: int, symmetric: bool, skewed: bool = False
+) -> tuple[Tensor, Tensor]:
     """Scale and zero point that minimise sum(counts * (fake_quantize(values) - values)**2) of every row.
 
     A geometric grid of scales for each plausible zero point, a finer one around the best, then least-squares steps:
@@ -179,6 +182,7 @@ def search_mse(values: Tensor, counts: Tensor, bits: int, symmetric: bool) -> tu
 
     Args:
         values, counts: (R, B).
+        skewed: one end may be far out alone: zero points that clip only there are plausible, too.
 
     Returns:
         (scale, zero_point), float32 (R,).
@@ -195,6 +199,14 @@ def search_mse(values: Tensor, counts: Tensor, bits: int, symmetric: bool) -> tu
         zero = (center + shift).clamp(qmin, qmax)  # (R,)
         for fraction in _FRACTIONS.tolist():
             scale = base * fraction
+            best_error, best_scale, best_zero = _keep_better(
+                values, counts, scale, zero, qmin, qmax, best_error, best_scale, best_zero
+            )
+    if skewed and not (symmetric or one_sided):
+        # Zero points with which one end is just not clipped, or clipped to a part of it, whatever the other is.
+        for (end, at), part, fraction in product(((low, qmin), (high, qmax)), (1.0, 0.75, 0.5), _FRACTIONS.tolist()):
+            scale = base * fraction
+            zero = (at - part * end / scale).round().clamp(qmin, qmax)
             best_error, best_scale, best_zero = _keep_better(
                 values, counts, scale, zero, qmin, qmax, best_error, best_scale, best_zero
             )

@@ -33,12 +33,19 @@ def grid_search(x: torch.Tensor, bits: int, symmetric: bool) -> float:
 def samples(kind: str) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(20_000, generator=generator)
-    return {"relu": x.relu(), "normal": x, "heavy": x**3, "negative": -x.abs(), "silu": torch.nn.functional.silu(x)}[
-        kind
-    ]
+    far = torch.cat([x, torch.tensor([30.0])])
+    return {
+        "relu": x.relu(),
+        "normal": x,
+        "heavy": x**3,
+        "negative": -x.abs(),
+        "silu": torch.nn.functional.silu(x),
+        "one far above": far,
+        "one far below": -far,
+    }[kind]
 
 
-@pytest.mark.parametrize("kind", ["relu", "normal", "heavy", "negative", "silu"])
+@pytest.mark.parametrize("kind", ["relu", "normal", "heavy", "negative", "silu", "one far above", "one far below"])
 @pytest.mark.parametrize(("bits", "symmetric"), [(2, False), (3, False), (4, False), (2, True), (4, True)])
 def test_histogram_search_is_as_good_as_the_grid_on_raw_values(kind: str, bits: int, symmetric: bool) -> None:
     x = samples(kind)
