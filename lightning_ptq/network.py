@@ -93,11 +93,13 @@ class NetworkStart:
         learned: copies of what the epoch may train, `NetworkCache.learned`, in host memory.
         prediction: `prediction_loss` of the student on the images that are drawn.
         mse: `reconstruction_loss` of its output, on those that are held out, if any are.
+        squares: the same on the images that are drawn; an older checkpoint does not have it.
     """
 
     learned: list[Tensor]
     prediction: float
     mse: float
+    squares: float = math.inf
 
     @classmethod
     def of(cls, cache: NetworkCache, out: Tensor, mean: Mean) -> NetworkStart:
@@ -137,9 +139,10 @@ def finish_network(
         (report, the network's final output for all cached images).
     """
     out = cache.student_out()
-    after, mse = _errors(cache, out, mean)
-    # Not `after > limit`: a NaN must be rejected too.
-    accepted = after <= start.prediction * HARM and math.isfinite(mse)
+    after, mse, squares = _errors(cache, out, mean)
+    # Not `after > limit`: a NaN must be rejected too. By squares as well: outputs that are no scores of classes may
+    # drift together, which no prediction shows, while scores come closer in both.
+    accepted = after <= start.prediction * HARM and squares <= start.squares * HARM and math.isfinite(mse)
     if cache.drawn < len(cache.images):
         accepted = accepted and _within_chance(cache, start, out, mean, processes)
     if not accepted:
@@ -162,14 +165,18 @@ def _within_chance(cache: NetworkCache, start: NetworkStart, out: Tensor, mean: 
     return bool(is_chance(average, square, len(growth) * processes))  # all hold out equally many
 
 
-def _errors(cache: NetworkCache, out: Tensor, mean: Mean) -> tuple[float, float]:
+def _errors(cache: NetworkCache, out: Tensor, mean: Mean) -> tuple[float, float, float]:
     # Of all that are drawn, not of some: each has its say about the network.
     drawn = slice(cache.drawn)
     told = drawn if cache.drawn == len(cache.images) else cache.judged
-    kinds: tuple[tuple[Errors, slice], ...] = ((prediction_errors, drawn), (squared_errors, told))
+    kinds: tuple[tuple[Errors, slice], ...] = (
+        (prediction_errors, drawn),
+        (squared_errors, told),
+        (squared_errors, drawn),
+    )
     parts = [_each(errors, out[rows], cache.features[rows], cache.device).mean() for errors, rows in kinds]
-    prediction, mse = mean(torch.stack(parts)).tolist()
-    return prediction, mse
+    prediction, mse, squares = mean(torch.stack(parts)).tolist()
+    return prediction, mse, squares
 
 
 def _each(errors: Errors, out: Tensor, target: Tensor, device: torch.device) -> Tensor:

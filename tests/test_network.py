@@ -166,6 +166,21 @@ def test_a_small_rise_of_the_divergence_is_no_harm(with_network: PTQModule, fact
     assert finish_network(cache, before, lambda x: x)[0].accepted == accepted
 
 
+@pytest.mark.parametrize(("shift", "accepted"), [(0.01, True), (3.0, False)])
+def test_outputs_that_drift_together_are_harm(
+    with_network: PTQModule, monkeypatch: pytest.MonkeyPatch, shift: float, accepted: bool
+) -> None:
+    """No prediction shows it: they need be no scores of classes."""
+    module, images = deepcopy(with_network), tiny_images(40)
+    with torch.no_grad():
+        head_in, features = module.teacher(images, stop=len(module.teacher) - 1), module.teacher(images)
+    cache = NetworkCache(module.student, images, head_in, features, Store(torch.device("cpu")), drawn=40)
+    before = cache.student_out()
+    start = NetworkStart.of(cache, before, lambda x: x)
+    monkeypatch.setattr(NetworkCache, "student_out", lambda _: before + shift)
+    assert finish_network(cache, start, lambda x: x)[0].accepted == accepted
+
+
 @pytest.mark.parametrize(("worse", "accepted"), [(2, True), (40, False)], ids=["some by chance", "all"])
 def test_what_is_held_out_undoes_harm_but_not_chance(
     with_network: PTQModule, monkeypatch: pytest.MonkeyPatch, worse: int, accepted: bool
