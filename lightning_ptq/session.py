@@ -281,7 +281,8 @@ class Session:
         digest = int(world.gather(torch.tensor([data_digest(images)])).sum()) % 2**62
         if self.image_digest not in (None, digest):
             refuse(
-                "the checkpoint was calibrated on other images. Give the same data, calibration_samples and seed",
+                "the checkpoint was calibrated on other images, or on these in another order. Give the same data, "
+                "calibration_samples and seed",
                 data.allow_drift,
             )
         self.image_digest = digest

@@ -15,14 +15,13 @@ def test_model_digest_follows_every_value() -> None:
     assert model_digest(net) != model_digest(other)
 
 
-def test_data_digest_follows_the_set_of_images_not_their_order() -> None:
+def test_data_digest_follows_the_images_and_their_order() -> None:
     images = tiny_images(6)
-    assert data_digest(images) == data_digest(images.flip(0))
+    assert data_digest(images) == data_digest(images.clone())
+    assert data_digest(images) != data_digest(images.flip(0)), "steps and judgement go by it"
     changed = images.clone()
     changed[2, 0, 0, 0] += 1e-6
     assert data_digest(changed) != data_digest(images)
-    parts = data_digest(images[:2]) + data_digest(images[2:])
-    assert parts % 2**62 == data_digest(images), "shares of several processes add up"
 
 
 def test_differences_are_named() -> None:

@@ -13,8 +13,16 @@ import torchvision
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 import lightning_ptq
-from lightning_ptq import Augmentation, ContrastiveConfig, PTQError, PTQModule, QuantConfig
-from tests.helpers import assert_equal_states, quantization_state, tiny_data, tiny_module, tiny_net, trainer
+from lightning_ptq import Augmentation, CalibrationDataModule, ContrastiveConfig, PTQError, PTQModule, QuantConfig
+from tests.helpers import (
+    assert_equal_states,
+    quantization_state,
+    tiny_data,
+    tiny_images,
+    tiny_module,
+    tiny_net,
+    trainer,
+)
 
 pytestmark = [
     # Runs here resume without the callback that wrote the checkpoints, and into a folder of their own.
@@ -290,6 +298,12 @@ def test_where_the_method_differs_it_is_named_and_not_what_it_decides(checkpoint
 def test_a_checkpoint_of_other_images_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(PTQError, match="calibrated on other images"):
         trainer(tmp_path).fit(tiny_module(), datamodule=tiny_data(count=32), ckpt_path=checkpoint)
+
+
+def test_the_same_images_in_another_order_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    data = CalibrationDataModule.from_loaders([tiny_images(40).flip(0)])
+    with pytest.raises(PTQError, match="or on these in another order"):
+        trainer(tmp_path).fit(tiny_module(), datamodule=data, ckpt_path=checkpoint)
 
 
 def test_another_major_version_s_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
