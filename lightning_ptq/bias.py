@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lightning_ptq.cache import UnitCache
 from lightning_ptq.graph import Chain, LayerPlan
@@ -26,7 +26,10 @@ def correct_biases(cache: UnitCache, mean: Callable[[Tensor], Tensor]) -> None:
         mean: averages a tensor over processes.
     """
     teacher, student = cache.teacher.units[cache.unit], cache.student.units[cache.unit]
-    for name, layer in quantized_layers(student):
+    assert isinstance(student, fx.GraphModule)
+    layers = dict(quantized_layers(student))
+    called = [str(node.target) for node in student.graph.nodes if node.op == "call_module"]  # the order that counts
+    for name, layer in ((name, layers[name]) for name in called if name in layers):
         dim, drawn = layer.channel_dim, slice(cache.drawn)
         wanted = channel_means(teacher, name, dim, cache.teacher_in[drawn], cache.device)
         found = channel_means(student, name, dim, cache.student_in[drawn], cache.device)

@@ -16,15 +16,18 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_ptq.calibration import watch
 from lightning_ptq.config import NormScaling, QuantConfig
+from lightning_ptq.errors import PTQError
 from lightning_ptq.graph.norms import ChannelGroup
 from lightning_ptq.graph.units import Chain
-from lightning_ptq.quantizers import ActQuantizer
+from lightning_ptq.quantizers import ActQuantizer, float_mode
 from lightning_ptq.store import chunks
 
 # SmoothQuant's alpha: how much of the difference between channels goes to the weights.
 MIGRATION = 0.5
 # Smallest range of a channel relative to the mean one: a channel that hardly moves is not blown up.
 _LEAST = 1e-2
+# Largest change of the output, relative to it, that is rounding, be it at TF32.
+_ROUNDING = 1e-2
 
 
 def equalize(
@@ -48,7 +51,7 @@ def equalize(
         gather: tensor -> that tensor of every process.
 
     Raises:
-        PTQError: images the network can't take.
+        PTQError: images the network can't take, or a network that would not be the same behind it.
     """
     norms = student.norms if config.norms != "none" else ()
     pairs = student.pairs if config.pairs != "none" else ()
@@ -60,6 +63,7 @@ def equalize(
     ends: dict[ActQuantizer, list[Tensor]] = {quantizer: [] for quantizer in quantizers}
     watchers = {q: partial(_note, ends[q], dim) for q, dim in zip(quantizers, dims, strict=True)}
     watch(student, watchers, images, device)
+    before = _floating(student, images, device)
     # A batch counts by its images: a short last one has smaller ranges, which must not weigh like the others'.
     shares = torch.tensor([len(some) / len(images) for some in chunks(images)], device=device)
     for group, quantizer in zip(groups, quantizers, strict=True):
@@ -72,6 +76,19 @@ def equalize(
         else:
             free = config.weight_per == "channel" and all(_weight(layer).shape[1] == 1 for layer in layers)
             fold(source, layers, *factors(low, high, weights, "smooth", 1.0 if free else MIGRATION))
+    # Whatever the graph was taken for: it may not come to another function.
+    if float((_floating(student, images, device) - before).norm()) > _ROUNDING * float(before.norm()):
+        raise PTQError(
+            "bringing channels together has changed what the float network computes: it does more between a norm or a "
+            "layer and its readers than its graph shows. Give norms='none' and pairs='none', with the network anew."
+        )
+
+
+@torch.no_grad()
+def _floating(student: Chain, images: Tensor, device: torch.device) -> Tensor:
+    """What the float network gives for two images."""
+    with float_mode(student):
+        return student.forward(images[:2].to(device))
 
 
 def factors(

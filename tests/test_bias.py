@@ -49,6 +49,33 @@ def test_every_channel_has_the_teachers_mean(tmp_path: Path) -> None:
         assert float((means[2] - means[0]).abs().max()) > 1e-3, name
 
 
+class Excited(nn.Module):
+    """A layer deeper in modules than those before and behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 1)
+        self.inner = nn.ModuleDict({"deep": nn.Linear(8, 8)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        x = x * torch.sigmoid(self.inner["deep"](x.mean((2, 3))))[:, :, None, None]
+        return self.last(x).mean((2, 3))
+
+
+def test_layers_are_corrected_in_the_order_in_which_they_run(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    quant = QuantConfig(weight_bits=2, act_bits=3, edges="same")
+    module = PTQModule(Excited().eval(), quant, method="nearest", corrections=True, granularity="net", batch_size=8)
+    trainer(tmp_path, logger=False).fit(module, datamodule=tiny_data())
+    names = [layer.name for layer in module.chains.layers]
+    assert [name for name, _ in quantized_layers(module.student.units[0])] != names, "nothing is shown otherwise"
+    wanted, found = (layer_outputs(chain, names, tiny_images(40)) for chain in (module.teacher, module.student))
+    for name in names:
+        dims = [dim for dim in range(wanted[name].dim()) if dim != 1]
+        torch.testing.assert_close(found[name].mean(dims), wanted[name].mean(dims), rtol=1e-5, atol=1e-6)
+
+
 def test_nothing_but_biases_changes(tmp_path: Path) -> None:
     module, plain = fitted(tmp_path / "corrected", corrections=True), fitted(tmp_path / "plain")
     different = {

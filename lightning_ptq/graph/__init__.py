@@ -11,21 +11,26 @@ from torch import fx, nn
 from lightning_ptq.config import Granularity, QuantConfig, check_option
 from lightning_ptq.graph.affine import fold_affine
 from lightning_ptq.graph.attention import decompose_attention
-from lightning_ptq.graph.capture import capture
+from lightning_ptq.graph.capture import capture, likely_image_shape
 from lightning_ptq.graph.constants import fold_constants
 from lightning_ptq.graph.cuts import computed, find_cuts, find_taps, slices
+from lightning_ptq.graph.faithful import check_chain
 from lightning_ptq.graph.fold import fold_batch_norm, normalise, untie
 from lightning_ptq.graph.given import plain
 from lightning_ptq.graph.modularise import modularise
 from lightning_ptq.graph.norms import find_norms, give_biases
 from lightning_ptq.graph.pairs import find_pairs
 from lightning_ptq.graph.placement import FloatOp, Placement, float_ops, place_quantizers
+from lightning_ptq.graph.shapes import note_shapes
 from lightning_ptq.graph.trace import any_layout_will_do
 from lightning_ptq.graph.transposed import crop_transposed, lay_out_transposed
 from lightning_ptq.graph.units import Chain, build_unit, unit_names
 from lightning_ptq.layers import quantize_layer
 
 __all__ = ["Chain", "ChainPair", "FloatOp", "LayerPlan", "build_chain"]
+
+# Pixels of an image that most networks take, whatever they are for, and that take no time.
+_SMALL = 32
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,8 @@ def build_chain(
             nothing; an unknown granularity.
     """
     check_option(granularity, get_args(Granularity), "granularity")
-    captured = capture(plain(model), leaf_modules, image_shape, is_part)
+    model = plain(model)
+    captured = capture(model, leaf_modules, image_shape, is_part)
     gm = captured.gm
     normalise(gm)
     fold_constants(gm)
@@ -102,6 +108,9 @@ def build_chain(
     modularise(gm, leaf_modules)
     lay_out_transposed(gm)
     untie(gm)
+    shape = captured.image_shape or tuple(image_shape or ()) or likely_image_shape(model)
+    if captured.image_shape is None:
+        note_shapes(gm, shape)
     fold_affine(gm)  # what lies between a layer and its batch norm, and what lies behind
     fold_batch_norm(gm)
     fold_affine(gm)
@@ -126,8 +135,11 @@ def build_chain(
     student = [build_unit(gm, unit, start, end, quantized, (), inner) for unit, start, end, inner in parts]
     teacher = [build_unit(gm, unit, start, end, {}, placement.quantizers, inner) for unit, start, end, inner in parts]
     any_layout = any_layout_will_do(gm)
+    floating = Chain(teacher, names, any_layout, captured.image_shape, is_part=is_part).eval()
+    known = captured.image_shape is not None or image_shape is not None
+    check_chain(model, floating, [shape] if known else [(shape[0], _SMALL, _SMALL), shape])
     return ChainPair(
-        Chain(teacher, names, any_layout, captured.image_shape, is_part=is_part).eval(),
+        floating,
         Chain(student, names, any_layout, captured.image_shape, norms, pairs, is_part).eval(),
         layers,
         tuple(placement.products.values()),

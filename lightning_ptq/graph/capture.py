@@ -19,6 +19,7 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_ptq.errors import PTQError
+from lightning_ptq.graph.aliases import overwritten_alias
 from lightning_ptq.graph.cuts import Liveness
 from lightning_ptq.graph.export import exported
 from lightning_ptq.graph.trace import TraceError, node_kinds, trace
@@ -66,12 +67,14 @@ def capture(
     """
     traced: fx.GraphModule | None = None
     failure: TraceError | None = None
+    alias: fx.Node | None = None
     try:
         traced = trace(model, leaf_modules, is_part)
     except TraceError as error:
         failure = error
     else:
-        if not hides_weights(traced, leaf_modules) and not carries_sizes(traced):
+        alias = overwritten_alias(traced)
+        if alias is None and not hides_weights(traced, leaf_modules) and not carries_sizes(traced):
             return Captured(traced)
     shape = check_shape(image_shape) if image_shape is not None else likely_image_shape(model)
     try:
@@ -86,6 +89,13 @@ def capture(
             f"{type(model).__name__} fails on images of shape {shape}, which {given}: {refused}. "
             f"torch.fx can't capture all of it, and torch.export has to know: give image_shape=(C, H, W); "
             f"{_TERMINAL}."
+        )
+    if alias is not None:
+        raise PTQError(
+            f"{type(model).__name__}: {alias.name!r} overwrites a tensor that is read under another name later, as "
+            "a view of it is. torch.export could take that apart, but with images of shape "
+            f"{shape} it says: {refusal}. Write that line without an in-place operation, or give "
+            f"image_shape=(C, H, W); {_TERMINAL}."
         )
     if traced is not None:
         warnings.warn(

@@ -17,6 +17,7 @@ from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
 from lightning_ptq.config import Granularity
 from lightning_ptq.graph.placement import Placement
+from lightning_ptq.graph.shapes import has_a_row_an_image
 from lightning_ptq.graph.trace import node_kinds, op_name, words
 
 _STICKY_OPS = words(
@@ -69,15 +70,6 @@ def lives(values: Sequence[fx.Node], order: Mapping[fx.Node, int], places: int |
         for i in range(order.get(value, 0), min(last, len(alive))):
             alive[i].add(value)
     return alive
-
-
-def has_a_row_an_image(node: fx.Node) -> bool:
-    """Whether a node's first dimension is the batch, as far as it is known; windows of an image may be rows as well."""
-    shape = getattr(node.meta.get("val"), "shape", None)
-    if shape is None:
-        return True
-    images = next(iter(node.graph.find_nodes(op="placeholder"))).meta["val"]
-    return len(shape) > 0 and str(shape[0]) == str(images.shape[0])  # symbols: as numbers they have the example's value
 
 
 def find_cuts(placement: Placement, granularity: Granularity) -> list[int]:

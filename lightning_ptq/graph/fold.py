@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from copy import deepcopy
 from typing import Any
 
@@ -10,22 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_ptq.errors import PTQError
-from lightning_ptq.graph.trace import has_attribute, is_torch_op, op_name, words
+from lightning_ptq.graph.aliases import is_no_op, overwriting, overwritten
+from lightning_ptq.graph.shapes import shape_of
+from lightning_ptq.graph.trace import IN_PLACE_OPERATORS, attribute_of, has_attribute, op_name
 from lightning_ptq.layers import is_quantizable
 
 # Mean and standard deviation (O,) of a layer's outputs.
 Statistics = tuple[Tensor, Tensor]
 # A plain attribute: neither part of the state dict nor of what a checkpoint is checked against.
 _STATISTICS = "_folded_statistics"
-_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor")
-_IN_PLACE_OPERATORS = {getattr(operator, "i" + name.rstrip("_")): getattr(operator, name) for name in _OPERATORS}
-_RANDOM_DROPS = words(
-    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout stochastic_depth "
-    "drop_path"
-)
 
 
 def normalise(gm: fx.GraphModule) -> None:
@@ -38,15 +32,19 @@ def normalise(gm: fx.GraphModule) -> None:
 
 
 def remove_in_place(gm: fx.GraphModule) -> None:
-    """Make in-place operations out of place; whoever read the overwritten tensor later reads the result."""
+    """Make in-place operations out of place; whoever read the overwritten tensor later reads the result.
+
+    `capture` has seen to it that nobody reads it under another name, as a view of it is.
+    """
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    overwriting = [node for node in gm.graph.nodes if make_out_of_place(gm, node)]
-    for node in overwriting:
-        source = node.args[0] if node.args else node.kwargs.get("input")
-        if isinstance(source, fx.Node):
-            for reader in list(source.users):
-                if order[reader] > order[node]:
-                    reader.replace_input_with(source, node)
+    for node in overwriting(gm):
+        make_out_of_place(gm, node)
+        source = overwritten(node)
+        for reader in list(source.users):
+            if order[reader] > order[node]:
+                reader.replace_input_with(source, node)
+    for node in gm.graph.nodes:  # of numbers, which `+=` does not overwrite
+        node.target = IN_PLACE_OPERATORS.get(node.target, node.target)
     for module in gm.modules():
         if getattr(module, "inplace", None) is True:
             module.inplace = False  # type: ignore[assignment]
@@ -61,29 +59,20 @@ def free_layout(gm: fx.GraphModule) -> None:
             node.kwargs = {"shape" if key == "size" else key: value for key, value in node.kwargs.items()}
 
 
-def make_out_of_place(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether `node` overwrites its input; a function or method is replaced by its out-of-place twin."""
-    if node.op == "call_module":
-        return getattr(gm.get_submodule(str(node.target)), "inplace", None) is True
-    if node.op not in ("call_function", "call_method"):
-        return False
+def make_out_of_place(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Put a function's or method's out-of-place twin in the place of `node`, which overwrites its input."""
     if node.kwargs.get("inplace") is True:
         node.kwargs = {**node.kwargs, "inplace": False}
-        return True
-    if node.target in _IN_PLACE_OPERATORS:
-        node.target = _IN_PLACE_OPERATORS[node.target]
-        return True
-    name = op_name(node)
-    if not name.endswith("_") or name.startswith("_") or not is_torch_op(node):
-        return False
-    twin = find_twin(node, name[:-1])
-    if twin is None:
-        raise PTQError(
-            f"node {node.name!r} calls {name}(), which overwrites a tensor and has no out-of-place twin; units run on "
-            "cached tensors. Write the line without an in-place operation."
-        )
-    node.target = twin
-    return True
+    elif node.target in IN_PLACE_OPERATORS:
+        node.target = IN_PLACE_OPERATORS[node.target]
+    elif node.op != "call_module":
+        twin = find_twin(node, op_name(node)[:-1])
+        if twin is None:
+            raise PTQError(
+                f"node {node.name!r} calls {op_name(node)}(), which overwrites a tensor and has no out-of-place twin; "
+                "units run on cached tensors. Write the line without an in-place operation."
+            )
+        node.target = twin
 
 
 def find_twin(node: fx.Node, name: str) -> Any:
@@ -105,19 +94,13 @@ def remove_no_ops(gm: fx.GraphModule) -> None:
             gm.graph.erase_node(node)
 
 
-def is_no_op(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether `node` returns its input unchanged in eval mode."""
-    if node.op == "call_module":
-        return isinstance(gm.get_submodule(str(node.target)), nn.Identity | _DropoutNd)
-    if node.op == "call_function" and op_name(node) in _RANDOM_DROPS:
-        training = node.kwargs.get("training", node.kwargs.get("train", node.args[-1]))
-        return training is False
-    return False
-
-
 def untie(gm: fx.GraphModule) -> None:
-    """Give every call of a quantizable layer or layer norm weights of its own, since each has its own ranges."""
-    seen: dict[int, int] = {}
+    """Give every call of a quantizable layer or layer norm weights and a bias of its own.
+
+    Each has its own ranges, and folding changes one of them only: what else reads a parameter reads a copy of it.
+    """
+    weights: dict[int, int] = {}
+    own: dict[int, str] = {}  # parameter of a layer -> the layer's name
     for node in gm.graph.nodes:
         if node.op != "call_module":
             continue
@@ -125,21 +108,38 @@ def untie(gm: fx.GraphModule) -> None:
         if not is_quantizable(module) and not isinstance(module, nn.LayerNorm):
             continue
         weight = id(module.weight if module.weight is not None else module)
-        calls = seen[weight] = seen.get(weight, -1) + 1
+        calls = weights[weight] = weights.get(weight, -1) + 1
         if calls:
-            name = f"{node.target}_{calls}"
-            while has_attribute(gm, name):
-                name += "_"
-            gm.add_submodule(name, deepcopy(module))
+            name = free_name(gm, f"{node.target}_{calls}")
+            module = deepcopy(module)
+            gm.add_submodule(name, module)
             node.target = name
+        bias = module._parameters.get("bias")
+        if bias is not None and own.setdefault(id(bias), str(node.target)) != node.target:
+            module.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        own |= {id(parameter): str(node.target) for parameter in module.parameters()}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value = attribute_of(gm, str(node.target))
+        if id(value) in own:
+            name = free_name(gm, f"{node.target}_read")
+            parent, _, leaf = name.rpartition(".")
+            gm.get_submodule(parent).register_parameter(leaf, nn.Parameter(value.detach().clone(), requires_grad=False))
+            node.meta["parameter"], node.target = node.target, name
     gm.recompile()
+
+
+def free_name(gm: fx.GraphModule, name: str) -> str:
+    """`name`, or one like it that is not taken."""
+    while has_attribute(gm, name):
+        name += "_"
+    return name
 
 
 def fold_batch_norm(gm: fx.GraphModule) -> None:
     """Fold eval-mode batch norm into the convolution or linear layer before it, in fp64.
 
     Only where nothing else reads the layer's output. A batch norm that stays says why in `meta["float_reason"]`.
-    A linear layer's batch norm is taken to normalise its features, i.e. its input to be (N, features).
+    Where shapes are not known, a linear layer's is taken to normalise features, i.e. its input to be (N, features).
     """
     for node in list(gm.graph.nodes):
         if node.op != "call_module":
@@ -176,7 +176,8 @@ def why_not_foldable(gm: fx.GraphModule, node: fx.Node, norm: _BatchNorm) -> str
     if readers:
         return f"{source.target!r} is also read by {', '.join(map(repr, readers))}"
     assert isinstance(layer.weight, Tensor)
-    if layer.weight.shape[0] != norm.num_features:
+    rows = isinstance(layer, nn.Linear) and len(shape_of(source) or ()) > 2  # (N, rows, features): a norm of the rows
+    if rows or layer.weight.shape[0] != norm.num_features:
         return f"it does not normalise the output channels of {source.target!r}"
     return ""
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from lightning_ptq.graph.placement import Placement
+from lightning_ptq.graph.shapes import shape_of
 from lightning_ptq.graph.trace import op_name, words
 
 # Operations that may lie between a norm and its quantizer, whatever their arguments: if they touched the last
@@ -66,7 +67,7 @@ def is_move(node: fx.Node) -> bool:
         return set(flat) == {0, 1}
     if name == "roll":  # of rows and columns; (1, 2) would be tokens and channels of a three-dimensional tensor
         dims = node.kwargs.get("dims", node.args[2] if len(node.args) > 2 else ())
-        return dims in ((1, 2), [1, 2])
+        return dims in ((1, 2), [1, 2]) and len(shape_of(node) or "NHWC") > 3
     if name in ("select", "slice"):
         return not flat or flat[0] in (0, 1)
     if name == "getitem":

@@ -56,12 +56,16 @@ def place_quantizers(gm: fx.GraphModule, config: QuantConfig, leaf_modules: Sequ
     """Insert one `ActQuantizer` after the producer of every tensor that a quantizable layer or a product reads.
 
     All readers of that tensor, residual additions and pools included, read the quantized one. With placement "hardware"
-    there are more of them (`hardware.py`). Products inside modules that a pattern of `leaf_modules` names stay float.
+    there are more of them (`hardware.py`). Layers and products of modules that a pattern of `leaf_modules` names stay
+    float.
 
     Raises:
         PTQError: nothing to quantize, or an override that matches no layer.
     """
     nodes = [n for n in gm.graph.nodes if n.op == "call_module" and is_quantizable(gm.get_submodule(str(n.target)))]
+    for node in (node for node in nodes if is_inside(node, leaf_modules)):
+        node.meta["float_reason"] = f"{type(gm.get_submodule(str(node.target))).__name__} is named by leaf_modules"
+    nodes = [node for node in nodes if "float_reason" not in node.meta]
     if not nodes:
         raise PTQError(
             "the model has no layer that can be quantized: no convolution or product with parameters outside of "
@@ -193,7 +197,7 @@ def insert_quantizer(gm: fx.GraphModule, producer: fx.Node, quantizer: ActQuanti
     gm.add_submodule(name, quantizer)
     with gm.graph.inserting_after(producer):
         node = gm.graph.call_module(name, (producer,))
-    node.meta["nn_module_stack"] = dict(producer.meta.get("nn_module_stack") or {})
+    node.meta = dict(producer.meta)
     producer.replace_all_uses_with(node, delete_user_cb=lambda reader: reader is not node)
     return node
 
@@ -210,6 +214,7 @@ def float_ops(placement: Placement, islands: Sequence[str] = ()) -> tuple[FloatO
         quantized = node in placement.layers or node in placement.products or node in placement.quantizers
         if reason and not quantized:
             name = str(node.target) if node.op in ("call_module", "get_attr") else node.name
+            name = node.meta.get("parameter", name)  # what the model calls what is a copy of a layer's
             found.setdefault(name, FloatOp(name, reason))
     return tuple(found.values())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import sysconfig
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,12 @@ def words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+# What `x += y` and the like call -> the operator that leaves x alone. `@=` is not among them: it makes a new tensor.
+IN_PLACE_OPERATORS: dict[Any, Callable[..., Any]] = {
+    getattr(operator, f"i{name}"): getattr(operator, f"__{name}__")
+    for name in words("add sub mul truediv floordiv mod pow and or xor")
+}
+
 # What a node computes. "opaque": not known, such as a user's wrapped function; only tensors can cross a cut.
 Kind = Literal["tensor", "tuple", "scalar", "opaque"]
 
@@ -52,6 +59,21 @@ class TraceError(PTQError):
         self.path = tuple(path)
 
 
+class InPlaceProxy(fx.Proxy):
+    """A proxy to which `x += y` is what it is to a tensor, which is overwritten; fx's own takes it for `x = x + y`."""
+
+
+def _in_place(target: Any, plain: Callable[..., Any]) -> Callable[..., Any]:
+    def overwrite(self: InPlaceProxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", target, (self, other), {}, name=plain.__name__)
+
+    return overwrite
+
+
+for _target, _plain in IN_PLACE_OPERATORS.items():
+    setattr(InPlaceProxy, f"__{_target.__name__}__", _in_place(_target, _plain))
+
+
 class ModuleTracer(fx.Tracer):
     """fx tracer that keeps whole the modules whose qualified name matches a pattern, and knows where it is."""
 
@@ -59,6 +81,10 @@ class ModuleTracer(fx.Tracer):
         super().__init__()
         self.leaf_modules = tuple(leaf_modules)
         self.path: list[str] = []  # modules being traced, outermost first; kept as it was when tracing fails
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """What stands for the node's value while tracing."""
+        return InPlaceProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a pattern, or torch.nn itself, makes this module one node."""
