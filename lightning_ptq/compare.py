@@ -34,7 +34,7 @@ class Artifact:
         name: the file, or "float".
         size: bytes of the file, or of the model's state.
         runtime: what runs it.
-        run: images (N, C, H, W) -> output, on the CPU.
+        run: images (N, C, H, W) -> output, on the CPU; several outputs, as of a part of a model, side by side.
     """
 
     name: str
@@ -141,7 +141,13 @@ def _runtime(path: Path) -> Callable[[Tensor], Tensor]:
         outputs = load_onnx(path) if path.suffix == ".onnx" else load_pt2(path)
     except Exception as error:  # whatever a runtime raises
         raise PTQError(f"{str(path)!r} can't be read: {' '.join(str(error).split())[:300]}. Export it anew.") from error
-    return lambda images: outputs(images)[0]
+
+    def run(images: Tensor) -> Tensor:
+        found = outputs(images)
+        # (N, 1, numbers) are no scores of classes.
+        return found[0] if len(found) == 1 else torch.cat([x.float().flatten(1) for x in found], 1)[:, None]
+
+    return run
 
 
 def _module(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -149,7 +155,10 @@ def _module(module: nn.Module) -> Callable[[Tensor], Tensor]:
     def run(images: Tensor) -> Tensor:
         output = pick_output(module(images))
         if not isinstance(output, Tensor):
-            raise PTQError(f"the model returns a {type(output).__name__}; networks that return a tensor are compared.")
+            raise PTQError(
+                f"the model returns a {type(output).__name__}; networks that return a tensor are compared. Of a "
+                "detector, give two exported files: they hold the part that is quantized."
+            )
         return output
 
     return run

@@ -326,10 +326,8 @@ class PTQModule(Entering):
         self._select(0)
         loop, epochs = self.trainer.fit_loop, len(self.epoch_names)
         loop.max_epochs = epochs if loop.max_epochs is None or loop.max_epochs < 0 else min(epochs, loop.max_epochs)
-        if self.network_steps or not self.method.learns or self.steps_per_batch > 1:
-            # The last epoch, and one that learns nothing, may be shorter than the logging interval. Reports are logged
-            # all the same.
-            warnings.filterwarnings("ignore", r"The number of training batches", PossibleUserWarning)
+        # Epochs may be shorter than the logging interval; reports are logged all the same.
+        warnings.filterwarnings("ignore", r"The number of training batches", PossibleUserWarning)
         if self.network_steps:
             # Epochs differ in length, and Lightning asks a loader for its length only when it loads it. The unit loader
             # has no state that would be lost. A larger number would be counted from where a fit is resumed.

@@ -89,7 +89,7 @@ class Pace:
 class _Units(ProgressBar):
     """What both bars share: pace and time left beside the terms; where nothing can be drawn, a line for each unit."""
 
-    _pace, _told, _lines = Pace(), 0, False
+    _pace, _told, _lines, _per_batch = Pace(), 0, False, 1.0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Draw no bar into a log."""
@@ -111,6 +111,8 @@ class _Units(ProgressBar):
         if batch_idx == 0 or not self._pace.steps:
             self._tell(trainer, pl_module, begins=True)
             self._pace.begin_unit(time.monotonic())
+            # Steps of a batch; the last may have fewer. Now: behind the last unit Lightning counts one epoch more.
+            self._per_batch = pl_module.steps_taken() / int(trainer.num_training_batches)  # type: ignore[operator]
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Look at it where a step ends."""
@@ -132,8 +134,7 @@ class _Units(ProgressBar):
         if not step:
             return {}
         module: PTQModule = trainer.lightning_module  # type: ignore[assignment]
-        steps = module.steps_taken() / int(trainer.num_training_batches)  # of a batch; the last may have fewer
-        images = module.batch_size * steps * trainer.world_size / step
+        images = module.batch_size * self._per_batch * trainer.world_size / step
         left = round(self._pace.left(*steps_left(trainer, begins)))
         speed = {"images/s": f"{images:.0f}"} if module.method.learns else {}  # without, a step reads none
         return speed | ({"left": str(timedelta(seconds=left))} if left else {})

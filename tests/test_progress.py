@@ -69,6 +69,12 @@ def test_without_a_terminal_there_is_one_line_for_each_unit_and_no_bar(
     assert "%|" not in out + err
 
 
+def test_the_last_unit_has_a_pace_without_a_last_epoch_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer(tmp_path, enable_progress_bar=True).fit(tiny_module(network_steps=0), datamodule=tiny_data())
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("unit 4/4")]
+    assert re.search(r", [1-9]\d* images/s", line)
+
+
 def test_a_resumed_fit_tells_of_its_own_units_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer(tmp_path / "stopped", max_epochs=2).fit(tiny_module(), datamodule=tiny_data())
     capsys.readouterr()

@@ -19,6 +19,7 @@ import lightning_ptq as ptq
 from lightning_ptq import CalibrationDataModule, PTQError, PTQModule, QuantConfig
 from lightning_ptq.callbacks import joined
 from lightning_ptq.cli import main
+from lightning_ptq.compare import open_artifact
 from lightning_ptq.config import QuantConfig as Config
 from lightning_ptq.convert import convert
 from lightning_ptq.export import pt2
@@ -26,7 +27,7 @@ from lightning_ptq.export.onnx import load_onnx
 from lightning_ptq.export.pt2 import load_pt2
 from lightning_ptq.graph import build_chain
 from lightning_ptq.graph.pack import Pack
-from lightning_ptq.metrics import decibels, signal_and_noise
+from lightning_ptq.metrics import decibels, has_scores, signal_and_noise
 from lightning_ptq.surroundings import Surroundings, likely_part, outputs_of
 from tests.helpers import tiny_data, tiny_images, tiny_net, trainer
 
@@ -348,6 +349,9 @@ def test_a_quantized_backbone_is_exported_with_all_its_outputs(
     assert len(expected) > 1
     for actual, wanted in zip(load(path)(read), expected.values(), strict=True):
         assert decibels(*signal_and_noise(actual, wanted).tolist()) > 30  # 27 layers of 8 bits: ties tell
+    together = open_artifact(str(path)).run(read)
+    torch.testing.assert_close(together[:, 0], torch.cat([x.flatten(1) for x in load(path)(read)], 1))
+    assert not has_scores(together)
     if suffix == "onnx":
         import onnx
 

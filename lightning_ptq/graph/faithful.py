@@ -62,8 +62,8 @@ def _output(model: nn.Module, chain: Chain, images: Tensor) -> Tensor | None:
     if pack is not None:
         output = pack(*(output.values() if isinstance(output, Mapping) else output))
     picked = pick_output(output)
-    return picked.double() if isinstance(picked, Tensor) else None
+    return picked.cpu().double() if isinstance(picked, Tensor) else None
 
 
 def _distance(x: Tensor, wanted: Tensor) -> float:
-    return float((x.double() - wanted).norm() / wanted.norm().clamp(min=1e-30))
+    return float((x.cpu().double() - wanted).norm() / wanted.norm().clamp(min=1e-30))
