@@ -56,15 +56,18 @@ def place_quantizers(gm: fx.GraphModule, config: QuantConfig, leaf_modules: Sequ
     """Insert one `ActQuantizer` after the producer of every tensor that a quantizable layer or a product reads.
 
     All readers of that tensor, residual additions and pools included, read the quantized one. With placement "hardware"
-    there are more of them (`hardware.py`). Layers and products of modules that a pattern of `leaf_modules` names stay
-    float.
+    there are more of them (`hardware.py`). Torch's layers and products in modules that a pattern of `leaf_modules`
+    names stay float.
 
     Raises:
         PTQError: nothing to quantize, or an override that matches no layer.
     """
     nodes = [n for n in gm.graph.nodes if n.op == "call_module" and is_quantizable(gm.get_submodule(str(n.target)))]
-    for node in (node for node in nodes if is_inside(node, leaf_modules)):
-        node.meta["float_reason"] = f"{type(gm.get_submodule(str(node.target))).__name__} is named by leaf_modules"
+    for node in nodes:
+        kind = type(gm.get_submodule(str(node.target)))
+        # A class of the user's own is named to be one node, and has a twin to be quantized; torch's are nodes anyhow.
+        if is_inside(node, leaf_modules) and kind.__module__.split(".")[0] == "torch":
+            node.meta["float_reason"] = f"{kind.__name__} is named by leaf_modules"
     nodes = [node for node in nodes if "float_reason" not in node.meta]
     if not nodes:
         raise PTQError(
