@@ -28,6 +28,7 @@ from lightning_ptq.module import PTQModule
 from lightning_ptq.parser import CommandParser
 from lightning_ptq.plan import plan_text
 from lightning_ptq.report import write_report
+from lightning_ptq.session import held_out_of
 from lightning_ptq.store import chunks
 from lightning_ptq.summary import write_json
 
@@ -97,7 +98,8 @@ class Trainer(L.Trainer):
         print(plan_text(model.chains, model.quant, shape, samples, network, part, model.cache_dtype))
         room = Room(self.strategy.root_device, model.memory_budget, folder, self.world_size)
         try:
-            read = _count(datamodule, model.judging)
+            further = (_count(datamodule, model.judging) - samples) // self.world_size
+            read = samples + held_out_of(further, self.world_size) * self.world_size
             print(f"\n{model.caches(shape, -(-read // self.world_size), room)}")
             print("  with the images, those that judge, and where a unit ends its output once more: not in the table")
         except PTQError as error:

@@ -295,6 +295,9 @@ def test_what_needs_calibration_images_only_goes_without_others_and_says_how_man
     assert most == pytest.approx(max(table) + images + output, abs=0.11)
     assert "and where a unit ends its output once more" in printed
     assert "rounded to nearest, 8 images: " in printed
+    main(["plan", *options, "--data.calibration_samples=5", "--model.held_out=0.5"])
+    few = float(re.findall(r"^caches: ([\d.]+) MiB at most", capsys.readouterr().out, re.MULTILINE)[0])
+    assert few == pytest.approx(most * 5 / 8, abs=0.11), "two more that judge are too few: a fit does without"
     main(["compare", "float", "float", *options])
     printed = capsys.readouterr().out
     assert "no validation images: compared on those of calibration" in printed
