@@ -1,14 +1,23 @@
 """`python -m lightning_ptq`, and what `lightning-ptq` calls."""
 
+import os
 import sys
 
 from lightning_ptq.help import program_help
+
+# What a shell reports for a process that SIGPIPE ended.
+NO_READER = 128 + 13
 
 
 def main() -> None:
     """Run the command line; its overview, and Ctrl+C, do not wait for the seconds in which torch is imported."""
     if sys.argv[1:] in (["--help"], ["-h"]):
-        sys.stdout.write(program_help())
+        try:
+            sys.stdout.write(program_help())
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+            sys.exit(NO_READER)
         return
     try:
         from lightning_ptq.cli import main as run

@@ -75,6 +75,10 @@ def _shapes(chain: Chain, image_shape: tuple[int, ...]) -> list[tuple[int, ...]]
             raise
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
             reason = str(error).rstrip(".")
+            if next(chain.parameters()).dtype == torch.float64:
+                raise PTQError(
+                    f"the model is in float64, and unit {name!r} fails on float32: {reason}. Call model.float() first."
+                ) from None
             raise PTQError(
                 f"images of shape {tuple(image_shape)} do not fit the model: unit {name!r} fails on its input "
                 f"{shapes[-1]}: {reason}. Give images of the size (data.resize, data.crop) and with the channels "

@@ -278,7 +278,8 @@ class Session:
         # The same number everywhere: processes with and without images that judge would judge differently.
         self._held_out = held_out_of(int(counts[:, 1].min()), world.size)
         images = images[: drawn + self._held_out]  # what is too little to judge is not learned from either
-        digest = int(world.gather(torch.tensor([data_digest(images)])).sum()) % 2**62
+        shares = world.gather(torch.tensor([data_digest(images)])).flatten().tolist()
+        digest = sum(place * share for place, share in enumerate(shares, 1)) % 2**62
         if self.image_digest not in (None, digest):
             refuse(
                 "the checkpoint was calibrated on other images, or on these in another order. Give the same data, "

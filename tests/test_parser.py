@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -79,6 +80,14 @@ def test_the_overview_comes_before_torch() -> None:
     assert done.stdout == program_help()
 
 
+def test_nobody_need_read_the_overview() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "lightning_ptq", "--help"], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def test_ctrl_c_while_modules_are_imported_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     class Pressed(MetaPathFinder):
         def find_spec(self, name: str, *_: object) -> None:
@@ -101,7 +110,8 @@ def test_names_come_when_they_are_asked_for(name: str) -> None:
 
 def test_a_name_that_is_not_there_is_no_attribute() -> None:
     with pytest.raises(AttributeError, match="module 'lightning_ptq' has no attribute 'PTQModul'"):
-        lightning_ptq.PTQModul  # noqa: B018
+        lightning_ptq.PTQModul  # type: ignore[attr-defined]  # noqa: B018
+    assert not hasattr(lightning_ptq, "a.b")
 
 
 def test_a_word_finds_the_options_with_it_in_their_names(parser: Any) -> None:

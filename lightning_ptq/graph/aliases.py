@@ -35,10 +35,12 @@ def overwriting(gm: fx.GraphModule) -> list[fx.Node]:
 
 
 def _overwrites(gm: fx.GraphModule, node: fx.Node, kinds: Mapping[fx.Node, Kind]) -> bool:
+    source = _input_of(node)
+    if source is None or is_no_op(gm, node):
+        return False
     if node.op == "call_module":
         return getattr(gm.get_submodule(str(node.target)), "inplace", None) is True
-    source = _input_of(node)
-    if node.op not in ("call_function", "call_method") or source is None:
+    if node.op not in ("call_function", "call_method"):
         return False
     if node.target in IN_PLACE_OPERATORS:
         return kinds[source] != "scalar"
@@ -62,7 +64,8 @@ def _input_of(node: fx.Node) -> fx.Node | None:
 def overwritten_alias(gm: fx.GraphModule) -> fx.Node | None:
     """A node that overwrites a tensor which something reads under another name afterwards; None if there is none.
 
-    Parts of a tensor count as the whole of it, whether or not they have memory in common.
+    Parts of a tensor count as the whole of it, whether or not they have memory in common, and what nothing is known of
+    may be a tensor or not.
     """
     kinds, writing = node_kinds(gm), set(overwriting(gm))
     order: dict[fx.Node, int] = {node: i for i, node in enumerate(gm.graph.nodes)}
@@ -76,11 +79,12 @@ def overwritten_alias(gm: fx.GraphModule) -> fx.Node | None:
         is_view = source is not None and kinds[node] in ("tensor", "tuple") and _is_view(gm, node)
         same[node] = same[source] if is_same and source is not None else node
         memory[node] = memory[source] if (is_same or is_view) and source is not None else node
-    for node in order:
-        others = (
-            x for x in order if memory[x] is memory[node] and same[x] is not same[node] and order[x] < order[node]
-        )
-        if node in writing and any(order[reader] > order[node] for other in others for reader in other.users):
+    for node in filter(writing.__contains__, order):
+        others = [x for x in order if memory[x] is memory[node] and same[x] is not same[node]]
+        readers = [reader for x in others if order[x] < order[node] for reader in x.users]
+        if kinds[overwritten(node)] == "opaque":  # if it is a number, it is not overwritten
+            readers += overwritten(node).users
+        if any(order[reader] > order[node] for reader in readers):
             return node
     return None
 

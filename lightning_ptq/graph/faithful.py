@@ -43,7 +43,7 @@ def check_chain(model: nn.Module, chain: Chain, shapes: Sequence[Sequence[int]])
                 "module that is kept whole or a wrapped function in it works in place. Have it work on a copy."
             )
         x = out
-    if x.shape != wanted.shape or _distance(x, wanted) > _ROUNDING:
+    if x.shape != wanted.shape or not _distance(x, wanted) <= _ROUNDING:
         differ = f"by {_distance(x, wanted):.1%}" if x.shape == wanted.shape else f"{tuple(x.shape)} in shape"
         raise PTQError(
             f"the units made of {type(model).__name__} give something else than it does: {differ}, on two images of "

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from lightning_ptq.graph.export import unlogged
+from lightning_ptq.graph.trace import node_kinds
 
 # So many that hardly anything else is as large.
 _IMAGES = 13
@@ -40,6 +41,8 @@ def note_shapes(gm: fx.GraphModule, image_shape: Sequence[int]) -> None:
 
     The shape may be a guess: neither the number of dimensions nor which is the batch depends on it.
     """
+    if "opaque" in node_kinds(gm).values():  # it might keep what it computes here, and need its values later
+        return
     state = {f"gm.{k}": v.to("meta") for k, v in (*gm.named_parameters(), *gm.named_buffers())}
     dtype = next((v.dtype for v in state.values() if v.is_floating_point()), torch.float32)
     try:

@@ -64,9 +64,7 @@ class Chain(nn.Module):
         return found
 
     def check_images(self, images: Tensor) -> None:
-        """Raise `PTQError` for images (N, C, H, W) of another shape than the network was captured for, or type."""
-        if images.dtype == torch.float32 and next(self.parameters()).dtype == torch.float64:
-            raise PTQError("the model is in float64, and images are float32. Call model.float() first.")
+        """Raise `PTQError` for images (N, C, H, W) of another shape than the network was captured for."""
         shape = tuple(images.shape[1:])
         if self.image_shape is not None and shape != self.image_shape:
             raise PTQError(

@@ -19,6 +19,11 @@ from lightning_ptq.graph.trace import op_name, trace
 from tests.helpers import tiny_images, trainer
 
 
+@torch.fx.wrap
+def wrapped(x: Tensor) -> int:
+    return x.shape[1]
+
+
 class Net(nn.Module):
     """Two convolutions and a head; `between` is what a user does to the first one's output in between."""
 
@@ -26,6 +31,7 @@ class Net(nn.Module):
         super().__init__()
         self.a, self.b, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
         self.relu, self.drop, self.between = nn.ReLU(inplace=True), nn.Dropout(0.5), between
+        self.idle, self.flat = nn.Dropout(0.5, inplace=True), nn.Flatten()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.b(self.between(self, self.a(x))).mean((2, 3)))
@@ -81,6 +87,35 @@ def under_dropout(net: Net, x: Tensor) -> Tensor:
     return x
 
 
+def flattened(net: Net, x: Tensor) -> Tensor:
+    net.flat(x).mul_(0.5)
+    F.relu(x[:, 2:], inplace=True)
+    return x
+
+
+def by_operators(net: Net, x: Tensor) -> Tensor:
+    y = x
+    y -= 0.25
+    y *= 3.0
+    y /= 2.0
+    y **= 2
+    return x
+
+
+def dropped(net: Net, x: Tensor) -> Tensor:
+    """In eval mode it overwrites nothing."""
+    y = x.permute(0, 1, 3, 2)
+    return net.idle(x) + y
+
+
+def numbered(net: Net, x: Tensor) -> Tensor:
+    """What a wrapped function gives, a number here, may be a tensor: `torch.export` knows."""
+    size = wrapped(x)
+    more = size
+    more += 1
+    return x * size + more
+
+
 def counted(net: Net, x: Tensor) -> Tensor:
     """Numbers are not overwritten."""
     size = x.size(2)
@@ -106,6 +141,10 @@ def viewed_later(net: Net, x: Tensor) -> Tensor:
         (before, True),
         (converted, True),
         (written_to, True),
+        (flattened, True),
+        (numbered, True),
+        (by_operators, False),
+        (dropped, False),
         (assigned, None),  # fx does not follow it
         (added, False),
         (under_dropout, False),
@@ -315,7 +354,53 @@ def test_a_layer_that_is_named_stays_in_float(pattern: str) -> None:
     assert reason.endswith("is named by leaf_modules")
 
 
+class Keeps(nn.Module):
+    """Keeps what it made for images of a size; wrapped or whole, it is not run on shapes alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[Any, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2:] not in self.made:
+            self.made[x.shape[2:]] = torch.linspace(0, 1, x.shape[3]).expand(x.shape[2], -1)
+        return x + self.made[x.shape[2:]]
+
+
+def test_a_module_that_keeps_what_it_made_goes_in() -> None:
+    model = nn.Sequential(Keeps(), nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    pair = build_chain(model, QuantConfig(), "layer", leaf_modules=["0"], image_shape=(3, 8, 8))
+    with torch.no_grad():
+        torch.testing.assert_close(pair.teacher(x), model(x))
+
+
+def test_outputs_that_are_no_numbers_are_seen() -> None:
+    class Roots(Forks):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x).mean((2, 3))
+            return self.head(x.abs() if torch.is_tensor(x) else x.sqrt())
+
+    with pytest.raises(PTQError, match="give something else than it does"):
+        build_chain(Roots().eval(), QuantConfig(), "block")
+
+
+def test_a_network_that_gives_something_else_each_time_may_have_norms() -> None:
+    class Noisy(Rolled):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(self.a(x).flatten(2).transpose(1, 2))
+            return self.head(self.fc(x).mean(1)) + torch.rand(4)
+
+    pair = build_chain(Noisy().eval(), QuantConfig(), "block", image_shape=(3, 16, 16))
+    equalize(pair.student, torch.randn(16, 3, 16, 16), QuantConfig(), torch.device("cpu"), lambda y: [y])
+
+
+def test_operators_in_place_are_called_like_those_that_are_not() -> None:
+    names = [node.name for node in trace(Net(by_operators).eval()).graph.nodes]
+    assert [name for name in names if name in ("sub", "mul", "truediv")] == ["sub", "mul", "truediv"]
+
+
 def test_a_model_in_float64_is_refused_by_name(tmp_path: Any) -> None:
     module = PTQModule(Net(viewed_later).eval().double(), method="nearest")
-    with pytest.raises(PTQError, match=r"the model is in float64, and images are float32\. Call model\.float"):
+    with pytest.raises(PTQError, match=r"the model is in float64, and unit 'a' fails on float32: .*Call model\.float"):
         trainer(tmp_path).fit(module, datamodule=CalibrationDataModule.from_loaders([tiny_images(40)]))
