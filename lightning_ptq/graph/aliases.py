@@ -6,7 +6,7 @@ result for all later readers, only if they all read that input itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -25,6 +25,8 @@ _VIEWS = words(
     "type float double half bfloat16 cpu cuda real imag view_as_real view_as_complex atleast_1d atleast_2d atleast_3d "
     "broadcast_tensors getattr"
 )
+# Of these views, those that give parts which have no memory in common.
+_SPLITS = words("chunk split split_with_sizes tensor_split hsplit vsplit dsplit unbind unsafe_chunk unsafe_split")
 _VIEW_MODULES = (nn.Flatten, nn.Unflatten)
 
 
@@ -64,13 +66,13 @@ def _input_of(node: fx.Node) -> fx.Node | None:
 def overwritten_alias(gm: fx.GraphModule) -> fx.Node | None:
     """A node that overwrites a tensor which something reads under another name afterwards; None if there is none.
 
-    Parts of a tensor count as the whole of it, whether or not they have memory in common, and what nothing is known of
-    may be a tensor or not.
+    Parts of a tensor count as the whole of it, but for those that splits give, whether or not they have memory in
+    common. What nothing is known of may be a tensor or not.
     """
     kinds, writing = node_kinds(gm), set(overwriting(gm))
     order: dict[fx.Node, int] = {node: i for i, node in enumerate(gm.graph.nodes)}
     same: dict[fx.Node, fx.Node] = {}  # node -> the first that is the same tensor
-    memory: dict[fx.Node, fx.Node] = {}  # node -> the first that has its memory
+    memory: dict[fx.Node, tuple[object, ...]] = {}  # node -> the first that has its memory, and which part of it
     for node in order:
         if node.kwargs.get("out") is not None:
             return node
@@ -78,15 +80,27 @@ def overwritten_alias(gm: fx.GraphModule) -> fx.Node | None:
         is_same = source is not None and (node in writing or is_no_op(gm, node))
         is_view = source is not None and kinds[node] in ("tensor", "tuple") and _is_view(gm, node)
         same[node] = same[source] if is_same and source is not None else node
-        memory[node] = memory[source] if (is_same or is_view) and source is not None else node
+        part = ((source, node.args[1]),) if source is not None and _is_part(node, source) else ()
+        memory[node] = (*memory[source], *part) if (is_same or is_view) and source is not None else (node,)
     for node in filter(writing.__contains__, order):
-        others = [x for x in order if memory[x] is memory[node] and same[x] is not same[node]]
+        others = [x for x in order if _overlap(memory[x], memory[node]) and same[x] is not same[node]]
         readers = [reader for x in others if order[x] < order[node] for reader in x.users]
         if kinds[overwritten(node)] == "opaque":  # if it is a number, it is not overwritten
             readers += overwritten(node).users
         if any(order[reader] > order[node] for reader in readers):
             return node
     return None
+
+
+def _is_part(node: fx.Node, source: fx.Node) -> bool:
+    """Whether `node` is one of the parts into which `source` splits a tensor."""
+    part = node.args[1] if op_name(node) == "getitem" else None
+    return isinstance(part, int) and part >= 0 and op_name(source) in _SPLITS
+
+
+def _overlap(memory: Sequence[object], other: Sequence[object]) -> bool:
+    """Whether one is the other, or a part of it."""
+    return all(a == b for a, b in zip(memory, other, strict=False))
 
 
 def _is_view(gm: fx.GraphModule, node: fx.Node) -> bool:
