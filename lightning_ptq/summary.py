@@ -104,7 +104,7 @@ class RunSummary(Callback):
         skipped = trainer.strategy.reduce(unread, reduce_op="sum").tolist()
         if trainer.is_global_zero:
             self._write(trainer, module, folder, skipped, told)
-        trainer.strategy.barrier()  # the launcher ends the first process with the others, and these with it
+        trainer.strategy.barrier()  # who loses one process ends the others: none leaves before the report is drawn
 
     def _write(self, trainer: L.Trainer, module: PTQModule, folder: Path, skipped: list[int], told: bool) -> None:
         module.stop_clock()

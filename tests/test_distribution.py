@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_ptq import PTQError, PTQModule, QuantConfig
 from lightning_ptq.cache import UnitCache
-from lightning_ptq.distribution import correct_distribution
+from lightning_ptq.distribution import _deviation, correct_distribution
 from lightning_ptq.graph import ChainPair, build_chain
 from lightning_ptq.graph.fold import statistics_of
 from lightning_ptq.store import Store
@@ -62,6 +62,11 @@ def test_it_brings_every_image_closer_to_what_training_gave() -> None:
     torch.testing.assert_close(
         correct_distribution(teacher.units[1], x.flip(0), CPU, 50).flip(0), moved, atol=1e-3, rtol=1e-3
     )
+
+
+def test_the_rate_follows_the_deviation_of_all_images_whatever_their_mean() -> None:
+    x = 5.0 + 0.1 * torch.randn(70, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(_deviation(x), x.std(correction=0), rtol=1e-4, atol=0)
 
 
 def test_the_statistics_of_a_folded_layer_are_those_of_its_norm() -> None:

@@ -154,13 +154,16 @@ def test_harm_is_undone(tmp_path: Path, units_only: PTQModule, capsys: pytest.Ca
     assert "kept as the units left it" in capsys.readouterr().out
 
 
+def cache_of(module: PTQModule, images: Tensor) -> NetworkCache:
+    """The last epoch's; the first 40 images are drawn, the others judge."""
+    with torch.no_grad():
+        head_in, features = module.teacher(images, stop=len(module.teacher) - 1), module.teacher(images)
+    return NetworkCache(module.student, images, head_in, features, Store(torch.device("cpu")), drawn=40)
+
+
 @pytest.mark.parametrize(("factor", "accepted"), [(0.9, True), (0.5, False)])
 def test_a_small_rise_of_the_divergence_is_no_harm(with_network: PTQModule, factor: float, accepted: bool) -> None:
-    module = deepcopy(with_network)
-    images, teacher = tiny_images(40), module.teacher
-    with torch.no_grad():
-        head_in, features = teacher(images, stop=len(teacher) - 1), teacher(images)
-    cache = NetworkCache(module.student, images, head_in, features, Store(torch.device("cpu")), drawn=40)
+    cache = cache_of(deepcopy(with_network), tiny_images(40))
     now = NetworkStart.of(cache, cache.student_out(), lambda x: x)
     before = NetworkStart(now.learned, factor * now.prediction, now.mse)
     assert finish_network(cache, before, lambda x: x)[0].accepted == accepted
@@ -171,10 +174,7 @@ def test_outputs_that_drift_together_are_harm(
     with_network: PTQModule, monkeypatch: pytest.MonkeyPatch, shift: float, accepted: bool
 ) -> None:
     """No prediction shows it: they need be no scores of classes."""
-    module, images = deepcopy(with_network), tiny_images(40)
-    with torch.no_grad():
-        head_in, features = module.teacher(images, stop=len(module.teacher) - 1), module.teacher(images)
-    cache = NetworkCache(module.student, images, head_in, features, Store(torch.device("cpu")), drawn=40)
+    cache = cache_of(deepcopy(with_network), tiny_images(40))
     before = cache.student_out()
     start = NetworkStart.of(cache, before, lambda x: x)
     monkeypatch.setattr(NetworkCache, "student_out", lambda _: before + shift)
@@ -186,13 +186,10 @@ def test_what_is_held_out_undoes_harm_but_not_chance(
     with_network: PTQModule, monkeypatch: pytest.MonkeyPatch, worse: int, accepted: bool
 ) -> None:
     """So many of the 40 images that judge get worse; those that are drawn stay as they are."""
-    module, images = deepcopy(with_network), tiny_images(80)
-    with torch.no_grad():
-        head_in, features = module.teacher(images, stop=len(module.teacher) - 1), module.teacher(images)
-    cache = NetworkCache(module.student, images, head_in, features, Store(torch.device("cpu")), drawn=40)
+    cache = cache_of(deepcopy(with_network), tiny_images(80))
     before = cache.student_out()
     after = before.clone()
-    after[40 : 40 + worse] = -features[40 : 40 + worse]
+    after[40 : 40 + worse] = -cache.features[40 : 40 + worse]
     start = NetworkStart.of(cache, before, lambda x: x)
     monkeypatch.setattr(NetworkCache, "student_out", lambda _: after)
     kept = [parameter.clone() for parameter in cache.learned]

@@ -74,9 +74,10 @@ def test_the_example_parses(parser: Any, command: str, monkeypatch: pytest.Monke
     assert parser.parse_args(words).subcommand == command
 
 
-def test_the_overview_comes_before_torch() -> None:
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_the_overview_comes_before_torch(option: str) -> None:
     code = "import sys; from lightning_ptq.__main__ import main; main(); sys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code, option], capture_output=True, text=True, check=True)
     assert done.stdout == program_help()
 
 

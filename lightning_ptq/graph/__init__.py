@@ -136,8 +136,7 @@ def build_chain(
     teacher = [build_unit(gm, unit, start, end, {}, placement.quantizers, inner) for unit, start, end, inner in parts]
     any_layout = any_layout_will_do(gm)
     floating = Chain(teacher, names, any_layout, captured.image_shape, is_part=is_part).eval()
-    known = captured.image_shape is not None or image_shape is not None
-    check_chain(model, floating, [shape] if known else [(shape[0], _SMALL, _SMALL), shape])
+    check_chain(model, floating, [shape] if captured.image_shape else [(shape[0], _SMALL, _SMALL), shape])
     return ChainPair(
         floating,
         Chain(student, names, any_layout, captured.image_shape, norms, pairs, is_part).eval(),

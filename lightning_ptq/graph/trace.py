@@ -60,7 +60,7 @@ class TraceError(PTQError):
 
 
 class InPlaceProxy(fx.Proxy):
-    """A proxy to which `x += y` is what it is to a tensor, which is overwritten; fx's own takes it for `x = x + y`."""
+    """A proxy for which `x += y` overwrites x, as it does a tensor; fx's own records `x + y`."""
 
 
 def _in_place(target: Any, plain: Callable[..., Any]) -> Callable[..., Any]:

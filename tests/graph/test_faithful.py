@@ -210,6 +210,28 @@ class Forks(nn.Module):
         return self.head((x.relu() if torch.is_tensor(x) else x).mean((2, 3)))
 
 
+def test_a_difference_of_a_hundredth_is_none_of_rounding() -> None:
+    class Hardly(Forks):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.conv(x).mean((2, 3)) * (1.0 if torch.is_tensor(x) else 1.01))
+
+    with pytest.raises(PTQError, match="something else than it does: by 0"):
+        build_chain(Hardly().eval(), QuantConfig(), "block")
+
+
+def test_the_model_is_not_run_itself() -> None:
+    class Counts(Forks):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.head(self.conv(x).mean((2, 3)))
+
+    model = Counts().eval()
+    build_chain(model, QuantConfig(), "block")
+    assert model.calls == 0
+
+
 @pytest.mark.parametrize("shape", [None, (3, 8, 8)])
 def test_a_chain_that_computes_something_else_is_refused(shape: Any) -> None:
     with pytest.raises(PTQError, match=r"units made of Forks give something else than it does: by \d+\.\d%"):
