@@ -182,7 +182,7 @@ def search_mse(
 
     Args:
         values, counts: (R, B).
-        skewed: one end may be far out alone: zero points that clip only there are plausible, too.
+        skewed: one end of the one row may be far out alone: zero points that clip only there are plausible, too.
 
     Returns:
         (scale, zero_point), float32 (R,).
@@ -204,11 +204,13 @@ def search_mse(
             )
     if skewed and not (symmetric or one_sided):
         # Zero points with which one end is just not clipped, or clipped to a part of it, whatever the other is.
-        for (end, at), part, fraction in product(((low, qmin), (high, qmax)), (1.0, 0.75, 0.5), _FRACTIONS.tolist()):
-            scale = base * fraction
-            zero = (at - part * end / scale).round().clamp(qmin, qmax)
+        scales = base * _FRACTIONS  # (F,) of the one row
+        for (end, at), part in product(((low, qmin), (high, qmax)), (1.0, 0.75, 0.5)):
+            zeros = (at - part * end / scales).round().clamp(qmin, qmax)
+            k = _integers(values, scales, zeros, qmin, qmax)  # (F, B)
+            best = ((k * scales[:, None] - values).square() * counts).sum(1).argmin().view(1)
             best_error, best_scale, best_zero = _keep_better(
-                values, counts, scale, zero, qmin, qmax, best_error, best_scale, best_zero
+                values, counts, scales[best], zeros[best], qmin, qmax, best_error, best_scale, best_zero
             )
     coarse = best_scale
     for fraction in _FINE_FRACTIONS.tolist():
