@@ -3,10 +3,7 @@
 import os
 import sys
 
-from lightning_ptq.help import program_help
-
-# What a shell reports for a process that SIGPIPE ended.
-NO_READER = 128 + 13
+from lightning_ptq.help import NO_READER, program_help
 
 
 def main() -> None:

@@ -63,7 +63,7 @@ def equalize(
     ends: dict[ActQuantizer, list[Tensor]] = {quantizer: [] for quantizer in quantizers}
     watchers = {q: partial(_note, ends[q], dim) for q, dim in zip(quantizers, dims, strict=True)}
     watch(student, watchers, images, device)
-    before, again = (_floating(student, images, device) for _ in range(2))
+    before = _floating(student, images, device)
     # A batch counts by its images: a short last one has smaller ranges, which must not weigh like the others'.
     shares = torch.tensor([len(some) / len(images) for some in chunks(images)], device=device)
     for group, quantizer in zip(groups, quantizers, strict=True):
@@ -77,8 +77,9 @@ def equalize(
             free = config.weight_per == "channel" and all(_weight(layer).shape[1] == 1 for layer in layers)
             fold(source, layers, *factors(low, high, weights, "smooth", 1.0 if free else MIGRATION))
     # Whatever the graph was taken for: it may not come to another function.
-    changed = float((_floating(student, images, device) - before).norm())
-    if torch.equal(before, again) and not changed <= _ROUNDING * float(before.norm()):
+    after = _floating(student, images, device)
+    changed = not float((after - before).norm()) <= _ROUNDING * float(before.norm())
+    if changed and torch.equal(after, _floating(student, images, device)):  # else it gives something else each time
         raise PTQError(
             "bringing channels together has changed what the float network computes: it does more between a norm or a "
             "layer and its readers than its graph shows. Give norms='none' and pairs='none', with the network anew."

@@ -14,14 +14,13 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_ptq.errors import PTQError
+from lightning_ptq.help import NO_READER
 from lightning_ptq.interruptions import lost_process
 
 WRONG_INPUT, UNFORESEEN = 2, 3
 INTERRUPTED = 128 + SIGINT
 # Codes of processes that were told to end, all of them at the same step.
 TOLD = (INTERRUPTED, 128 + SIGTERM)
-# What a shell reports for a process that SIGPIPE ended; some systems have no such signal.
-NO_READER = 128 + 13
 
 
 def explained(error: BaseException) -> PTQError | None:

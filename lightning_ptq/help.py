@@ -67,6 +67,8 @@ COMMON = {
 }
 # What a finished run's config and checkpoint have decided.
 _DECIDED = ("model.quant", "model.method", "model.contrastive", "model.steps_per_unit")
+# What a shell reports for a process that SIGPIPE ended; some systems have no such signal.
+NO_READER = 128 + 13
 EXIT_CODES = """\
     0      done
     1      done, but a file is not as good as it has to be (export, compare)
@@ -78,6 +80,7 @@ EXIT_CODES = """\
 
 
 def program_help() -> str:
+    """What `--help` says of the program: its commands, its options and the exit codes."""
     commands = "\n".join(f"    {name:<14}{what}" for name, (what, _) in COMMANDS.items())
     return dedent(
         """\
@@ -105,6 +108,7 @@ def program_help() -> str:
 
 
 def command_help(command: str, parser: argparse.ArgumentParser) -> str:
+    """What `COMMAND --help` says: what the command is for, an example, and the options that most runs need."""
     what, example = COMMANDS[command]
     actions = {action.dest: action for action in parser._actions}
     own = {

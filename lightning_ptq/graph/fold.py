@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_ptq.errors import PTQError
 from lightning_ptq.graph.aliases import is_no_op, overwriting, overwritten
 from lightning_ptq.graph.shapes import shape_of
-from lightning_ptq.graph.trace import IN_PLACE_OPERATORS, attribute_of, has_attribute, op_name
+from lightning_ptq.graph.trace import IN_PLACE_OPERATORS, attribute_of, free_name, op_name
 from lightning_ptq.layers import is_quantizable
 
 # Mean and standard deviation (O,) of a layer's outputs.
@@ -126,13 +126,6 @@ def untie(gm: fx.GraphModule) -> None:
             gm.get_submodule(parent).register_parameter(leaf, nn.Parameter(value.detach().clone(), requires_grad=False))
             node.meta["parameter"], node.target = node.target, name
     gm.recompile()
-
-
-def free_name(gm: fx.GraphModule, name: str) -> str:
-    """`name`, or one like it that is not taken."""
-    while has_attribute(gm, name):
-        name += "_"
-    return name
 
 
 def fold_batch_norm(gm: fx.GraphModule) -> None:

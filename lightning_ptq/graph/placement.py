@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_ptq.config import LayerBits, QuantConfig
 from lightning_ptq.errors import PTQError
 from lightning_ptq.graph.hardware import kernels, moved, origin, result
-from lightning_ptq.graph.trace import has_attribute, is_inside, is_torch_op, node_kinds, op_name, words
+from lightning_ptq.graph.trace import free_name, is_inside, is_torch_op, node_kinds, op_name, words
 from lightning_ptq.layers import is_quantizable
 from lightning_ptq.quantizers import ActQuantizer, LogQuantizer
 
@@ -194,9 +194,7 @@ def is_softmax(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 def insert_quantizer(gm: fx.GraphModule, producer: fx.Node, quantizer: ActQuantizer) -> fx.Node:
     """Put a node that calls `quantizer` right after `producer`; it belongs to the same modules."""
-    name = f"act_{producer.name}"
-    while has_attribute(gm, name):
-        name += "_"
+    name = free_name(gm, f"act_{producer.name}")
     gm.add_submodule(name, quantizer)
     with gm.graph.inserting_after(producer):
         node = gm.graph.call_module(name, (producer,))

@@ -330,3 +330,10 @@ def has_attribute(root: nn.Module, name: str) -> bool:
     """Whether the qualified `name` is taken in `root`."""
     parent, _, leaf = name.rpartition(".")
     return hasattr(root.get_submodule(parent), leaf)
+
+
+def free_name(root: nn.Module, name: str) -> str:
+    """`name`, or one like it that is not taken."""
+    while has_attribute(root, name):
+        name += "_"
+    return name
